@@ -1,0 +1,39 @@
+"""Ids and API keys: random, from the operating system's generator."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+
+ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+JOB_ID = re.compile(r"ftjob-[0-9a-z]{24}")
+DATASET_ID = re.compile(r"file-[0-9a-z]{24}")
+KEY_PREFIX = "ty-"
+
+
+def new_job_id() -> str:
+    return "ftjob-" + _random(24)
+
+
+def new_dataset_id() -> str:
+    return "file-" + _random(24)
+
+
+def new_token() -> str:
+    """A lease token, which also names the attempt's folders."""
+    return _random(20)
+
+
+def new_api_key() -> str:
+    """A key with 40 random characters, about 206 bits."""
+    return KEY_PREFIX + _random(40)
+
+
+def hash_api_key(key: str) -> str:
+    """SHA-256, hex. A slow hash would add nothing: the key's 206 bits can't be searched."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _random(length: int) -> str:
+    return "".join(secrets.choice(ALPHABET) for _ in range(length))

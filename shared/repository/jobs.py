@@ -1,0 +1,228 @@
+"""Jobs: create, find, page, count and change status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import and_, delete, func, or_
+from sqlmodel import Session, col, select
+
+from shared.clock import utcnow
+from shared.errors import InvalidRequest, NotFound, StateConflict
+from shared.events import Entry
+from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
+from shared.repository import logs
+from shared.tables import IdempotencyKey, Job
+
+IDEMPOTENCY_HOURS = 24
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a list: up to `limit` rows that come after the row with id `after`, newest first."""
+
+    after: str | None = None
+    limit: int = 20
+
+
+def add_job(session: Session, job: Job, entry: Entry) -> None:
+    """Insert the job with the first entry of its log."""
+    session.add(job)
+    session.flush()
+    logs.append_entries(session, job.id, [entry])
+
+
+def get_job(session: Session, job_id: str, owner: str | None) -> Job:
+    """The job, if `owner` may see it (None: everybody's).
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    return _visible(session.get(Job, job_id), job_id, owner)
+
+
+def lock_job(session: Session, job_id: str, owner: str | None) -> Job:
+    """The same, locked until the transaction ends.
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    statement = select(Job).where(Job.id == job_id).with_for_update()
+    return _visible(session.exec(statement).first(), job_id, owner)
+
+
+def _visible(job: Job | None, job_id: str, owner: str | None) -> Job:
+    if job is None or (owner is not None and job.owner != owner):
+        raise NotFound(f"No job {job_id}.", param="id", code="job_not_found")
+    return job
+
+
+def list_jobs(
+    session: Session,
+    owner: str | None,
+    page: Page,
+    *,
+    status: JobStatus | None = None,
+    model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[Job], bool]:
+    """One page, newest first, and whether there are more.
+
+    Raises:
+        InvalidRequest: `after` names no job that the owner may see.
+    """
+    statement = select(Job)
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    if status is not None:
+        statement = statement.where(Job.status == status)
+    if model is not None:
+        statement = statement.where(Job.model == model)
+    for key, value in (metadata or {}).items():
+        statement = statement.where(col(Job.user_metadata)[key].as_string() == value)
+    if page.after is not None:
+        try:
+            start = get_job(session, page.after, owner)
+        except NotFound as error:
+            raise InvalidRequest(f"No job {page.after} to page on after.", param="after") from error
+        statement = statement.where(
+            or_(
+                col(Job.created_at) < start.created_at,
+                and_(col(Job.created_at) == start.created_at, col(Job.id) < start.id),
+            )
+        )
+    statement = statement.order_by(col(Job.created_at).desc(), col(Job.id).desc()).limit(page.limit + 1)
+    rows = list(session.exec(statement))
+    return rows[: page.limit], len(rows) > page.limit
+
+
+def count_by_status(session: Session, owner: str | None) -> dict[str, int]:
+    """How many jobs are in each status."""
+    statement = select(Job.status, func.count()).group_by(Job.status)
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    return dict(session.exec(statement).all())
+
+
+def count_queued(session: Session, owner: str) -> int:
+    statement = select(func.count()).where(Job.owner == owner, Job.status == JobStatus.QUEUED)
+    return session.exec(statement).one()
+
+
+def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
+    """Take the job to another status, as the transition table allows.
+
+    A finished job has no phase and no lease; a job given back to the queue has neither.
+
+    Raises:
+        StateConflict: the table does not hold this step.
+    """
+    check_transition(JobStatus(job.status), target)
+    job.status = target
+    if target in TERMINAL:
+        job.finished_at = utcnow()
+    if target in TERMINAL or target in (JobStatus.QUEUED, JobStatus.PAUSED):
+        job.phase = None
+        job.lease_token = None
+        job.lease_expires_at = None
+        job.worker = None
+    for name, value in changes.items():
+        setattr(job, name, value)
+
+
+def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
+    """Cancel at once what no worker holds; ask the worker of a running job to stop.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job succeeded or failed before.
+    """
+    job = lock_job(session, job_id, owner)
+    if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
+        return job
+    if job.status in TERMINAL:
+        raise StateConflict(f"The job has already {_ended(job)}: there is nothing to cancel.")
+    if job.status in (JobStatus.QUEUED, JobStatus.PAUSED):
+        set_status(job, JobStatus.CANCELLED)
+        logs.append_entries(session, job_id, [Entry("Cancelled before it ran.")])
+    else:
+        set_status(job, JobStatus.CANCELLING)
+        logs.append_entries(session, job_id, [Entry("Cancelling: the job ends at its next step.")])
+    return job
+
+
+def _ended(job: Job) -> str:
+    return {"failed": "failed", "succeeded": "succeeded"}.get(job.status, job.status)
+
+
+def delete_job(session: Session, job_id: str, owner: str | None) -> None:
+    """Delete a finished job with its log, metrics and artifact rows.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has not ended.
+    """
+    job = lock_job(session, job_id, owner)
+    if job.status not in TERMINAL:
+        raise StateConflict(f"The job is {job.status}: cancel it first, then delete it.")
+    session.delete(job)
+
+
+def find_idempotent(session: Session, owner: str, key: str) -> IdempotencyKey | None:
+    """What this owner made with this key in the last 24 hours; older keys are forgotten."""
+    oldest = utcnow() - timedelta(hours=IDEMPOTENCY_HOURS)
+    session.exec(delete(IdempotencyKey).where(col(IdempotencyKey.created_at) < oldest))
+    return session.get(IdempotencyKey, (owner, key))
+
+
+def put_idempotent(session: Session, owner: str, key: str, body_hash: str, job_id: str) -> None:
+    """Remember what this owner made with this key."""
+    session.add(IdempotencyKey(owner=owner, key=key, body_hash=body_hash, job_id=job_id))
+
+
+def lock_owner(session: Session, owner: str) -> None:
+    """Let no other transaction create jobs for this owner until this one ends.
+
+    Quotas and idempotency keys are counted first and written then. SQLite's write transaction is alone anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))
+
+
+def leased_jobs(session: Session, owner: str | None) -> list[tuple[str, str]]:
+    """Worker and job id of every job that a worker holds and the owner may see."""
+    statement = select(Job.worker, Job.id).where(col(Job.status).in_(LEASED), col(Job.worker).is_not(None))
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    return [(str(worker), job_id) for worker, job_id in session.exec(statement.order_by(col(Job.id)))]
+
+
+def uses_dataset(session: Session, dataset_id: str) -> bool:
+    """Whether a job that has not ended needs the uploaded file."""
+    statement = select(Job.id).where(
+        col(Job.status).not_in(TERMINAL), col(Job.spec)["dataset"]["file_id"].as_string() == dataset_id
+    )
+    return session.exec(statement.limit(1)).first() is not None
+
+
+def queued_ahead(session: Session, job: Job) -> int:
+    """How many queued jobs would be claimed before this one."""
+    statement = select(func.count()).where(
+        Job.status == JobStatus.QUEUED,
+        or_(
+            col(Job.priority) < job.priority,
+            and_(col(Job.priority) == job.priority, col(Job.created_at) < job.created_at),
+        ),
+    )
+    return session.exec(statement).one()
+
+
+def oldest_queued(session: Session, owner: str | None) -> datetime | None:
+    """When the longest waiting job was created, of those that the owner may see."""
+    statement = select(func.min(Job.created_at)).where(Job.status == JobStatus.QUEUED)
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    return session.exec(statement).one()

@@ -1,0 +1,119 @@
+"""Claims and leases: who may run and write for a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlmodel import Session, col, select
+
+from shared.clock import utcnow
+from shared.errors import LeaseLost
+from shared.events import Entry
+from shared.lifecycle import LEASED, FailureCode, JobStatus
+from shared.repository import logs
+from shared.repository.jobs import set_status
+from shared.tables import Job
+
+
+def claim_next(session: Session, worker: str, token: str, expires_at: datetime) -> Job | None:
+    """Take the next queued job by policy (priority, then age) under a new lease, or None.
+
+    Two claimers never get the same job: SQLite's write transaction is alone, PostgreSQL skips locked rows.
+    """
+    statement = (
+        select(Job)
+        .where(Job.status == JobStatus.QUEUED)
+        .order_by(col(Job.priority), col(Job.created_at), col(Job.id))
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    job = session.exec(statement).first()
+    if job is None:
+        return None
+    set_status(
+        job,
+        JobStatus.RUNNING,
+        worker=worker,
+        lease_token=token,
+        lease_expires_at=expires_at,
+        attempt=job.attempt + 1,
+        started_at=job.started_at or utcnow(),
+        progress=None,
+    )
+    entry = Entry(f"Claimed by worker {worker}.", data={"attempt": job.attempt, "worker": worker})
+    logs.append_entries(session, job.id, [entry])
+    return job
+
+
+def owned_job(session: Session, job_id: str, token: str) -> Job:
+    """The job, locked, if this token still holds its lease: what every write of a child starts with.
+
+    Raises:
+        LeaseLost: another attempt has the job, or it has ended.
+    """
+    statement = select(Job).where(Job.id == job_id, Job.lease_token == token).with_for_update()
+    job = session.exec(statement).first()
+    if job is None or job.status not in LEASED:
+        raise LeaseLost(job_id)
+    return job
+
+
+def renew(session: Session, job_id: str, token: str, expires_at: datetime) -> JobStatus:
+    """Extend the lease and tell the job's status, so that a request to stop is noticed.
+
+    Raises:
+        LeaseLost: this token holds it no longer.
+    """
+    job = owned_job(session, job_id, token)
+    job.lease_expires_at = expires_at
+    return JobStatus(job.status)
+
+
+def expired_leases(session: Session, now: datetime) -> list[Job]:
+    """Jobs whose worker has not been heard of in time, locked."""
+    statement = (
+        select(Job)
+        .where(col(Job.status).in_(LEASED), col(Job.lease_expires_at) < now)
+        .with_for_update(skip_locked=True)
+    )
+    return list(session.exec(statement))
+
+
+def give_back(session: Session, job: Job, why: str) -> None:
+    """End an attempt that was stopped on purpose: back to the queue, or cancelled if that was asked for."""
+    if job.status == JobStatus.CANCELLING:
+        set_status(job, JobStatus.CANCELLED)
+        logs.append_entries(session, job.id, [Entry("Cancelled.")])
+        return
+    set_status(job, JobStatus.QUEUED)
+    entry = Entry(f"{why} The job goes back to the queue.", level="warning")
+    logs.append_entries(session, job.id, [entry])
+
+
+def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
+    """End an attempt whose process died: as `give_back`, but failed when that has happened too often."""
+    job.losses += 1
+    if job.status == JobStatus.CANCELLING or job.losses < max_losses:
+        give_back(session, job, why)
+        return
+    failure = {
+        "code": FailureCode.WORKER_LOST,
+        "message": f"{why} That has now happened {job.losses} times.",
+        "advice": "Look at the log's last entries. A job that needs more memory than the machine has ends "
+        "like this: try a smaller batch with more accumulation, shorter sequences or a smaller model.",
+    }
+    set_status(job, JobStatus.FAILED, failure=failure)
+    logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
+
+
+def statuses(session: Session, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+    """The status of each of these jobs that there is."""
+    rows = session.exec(select(Job.id, Job.status).where(col(Job.id).in_(job_ids)))
+    return {job_id: JobStatus(status) for job_id, status in rows}
+
+
+def tokens(session: Session, job_ids: Sequence[str]) -> dict[str, str | None]:
+    """The lease token of each of these jobs that there is; None where nobody holds one."""
+    rows = session.exec(select(Job.id, Job.lease_token).where(col(Job.id).in_(job_ids)))
+    return dict(rows.all())

@@ -1,0 +1,109 @@
+"""Log entries, metrics and checkpoints of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, insert, update
+from sqlmodel import Session, col, delete, select
+
+from shared.errors import LeaseLost, NotFound
+from shared.events import Checkpoint, Entry
+from shared.lifecycle import LEASED, JobStatus
+from shared.tables import CheckpointRow, Job, LogEntry, Metric
+
+
+def append_entries(session: Session, job_id: str, entries: Sequence[Entry], token: str | None = None) -> int:
+    """Append entries and return the last one's seq; the numbers are allotted in this transaction.
+
+    With a `token`, only while it holds the job's lease.
+
+    Raises:
+        LeaseLost: the token holds it no longer.
+        NotFound: the job is gone.
+    """
+    statement = update(Job).where(col(Job.id) == job_id)
+    if token is not None:
+        statement = statement.where(col(Job.lease_token) == token, col(Job.status).in_(LEASED))
+    statement = statement.values(last_seq=col(Job.last_seq) + len(entries))
+    last = session.execute(statement.returning(col(Job.last_seq))).scalar()
+    if last is None:
+        if token is not None:
+            raise LeaseLost(job_id)
+        raise NotFound(f"No job {job_id}.", param="id", code="job_not_found")
+    first = last - len(entries) + 1
+    rows = [
+        {
+            "job_id": job_id,
+            "seq": first + i,
+            "time": entry.time,
+            "level": entry.level,
+            "type": entry.type,
+            "message": entry.message,
+            "data": entry.data,
+        }
+        for i, entry in enumerate(entries)
+    ]
+    session.execute(insert(LogEntry), rows)
+    return int(last)
+
+
+def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[LogEntry]:
+    """Up to `limit` entries with seq > `after`, oldest first."""
+    statement = (
+        select(LogEntry)
+        .where(LogEntry.job_id == job_id, col(LogEntry.seq) > after)
+        .order_by(col(LogEntry.seq))
+        .limit(limit)
+    )
+    return list(session.exec(statement))
+
+
+def log_state(session: Session, job_id: str, owner: str | None) -> tuple[JobStatus, int]:
+    """The job's status and the seq of its newest entry, without the rest of the row.
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    statement = select(Job.status, Job.last_seq).where(Job.id == job_id)
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    found = session.exec(statement).first()
+    if found is None:
+        raise NotFound(f"No job {job_id}.", param="id", code="job_not_found")
+    return JobStatus(found[0]), found[1]
+
+
+def first_seq(session: Session, job_id: str) -> int:
+    """The oldest entry that is kept; 1 while nothing was cut."""
+    found = session.exec(select(func.min(LogEntry.seq)).where(LogEntry.job_id == job_id)).one()
+    return int(found) if found is not None else 1
+
+
+def put_metrics(session: Session, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert rows by their `step`; a step that is there already is replaced."""
+    for row in rows:
+        step = int(row["step"])
+        session.merge(Metric(job_id=job_id, step=step, values=row))
+
+
+def read_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """One row a step, oldest first."""
+    statement = select(col(Metric.values)).where(Metric.job_id == job_id).order_by(col(Metric.step))
+    return [dict(values) for values in session.exec(statement)]
+
+
+def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: Sequence[int]) -> None:
+    """Record a complete checkpoint; those of steps that are not `kept` any more are forgotten."""
+    session.exec(
+        delete(CheckpointRow).where(col(CheckpointRow.job_id) == job_id, col(CheckpointRow.step).not_in(kept))
+    )
+    session.merge(
+        CheckpointRow(job_id=job_id, step=checkpoint.step, bytes=checkpoint.bytes, metrics=checkpoint.metrics)
+    )
+
+
+def read_checkpoints(session: Session, job_id: str) -> list[CheckpointRow]:
+    statement = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+    return list(session.exec(statement.order_by(col(CheckpointRow.step))))

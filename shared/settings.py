@@ -1,0 +1,118 @@
+"""One `Settings` is built at entry from the environment and passed down."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import TuneyardError
+
+# A unix socket's address holds 107 bytes and a NUL.
+MAX_SOCKET_PATH = 107
+
+
+class Settings(BaseSettings):
+    """Settings from `TUNEYARD_…` variables. Sizes in bytes, times in seconds, lists separated by commas."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", frozen=True)
+
+    data_dir: Path = Path("~/.tuneyard")
+    database_url: str | None = None
+    redis_url: str | None = None
+    artifacts_url: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8765
+    models_root: Path | None = None
+    model_allow: str = "*"
+    dataset_allow: str = "*"
+    allowed_hosts: str = ""
+    allowed_origins: str = ""
+
+    max_samples: Annotated[int, Field(ge=1)] = 1_000_000
+    max_seq_length: Annotated[int, Field(ge=16)] = 131_072
+    max_effective_batch: Annotated[int, Field(ge=1)] = 4096
+    max_queued_jobs: Annotated[int, Field(ge=1)] = 100
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
+    max_upload_bytes: Annotated[int, Field(ge=1)] = 10 << 30
+    inline_inspect_bytes: Annotated[int, Field(ge=0)] = 4 << 20
+
+    lease_seconds: Annotated[float, Field(gt=0)] = 30
+    poll_seconds: Annotated[float, Field(gt=0)] = 2
+    stop_grace_seconds: Annotated[float, Field(gt=0)] = 4
+    max_losses: Annotated[int, Field(ge=1)] = 3
+
+    @property
+    def root(self) -> Path:
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def local_key_file(self) -> Path:
+        return self.root / "local.key"
+
+    @property
+    def server_url_file(self) -> Path:
+        """Where `serve` writes its address, for the CLI on the same box."""
+        return self.root / "server.url"
+
+    def database(self) -> str:
+        """SQLAlchemy URL of the database."""
+        if self.database_url is None:
+            return f"sqlite:///{self.root / 'tuneyard.db'}"
+        # Common spellings of the same server; psycopg is the driver that the extra installs.
+        for prefix in ("postgres://", "postgresql://"):
+            if self.database_url.startswith(prefix):
+                return "postgresql+psycopg://" + self.database_url.removeprefix(prefix)
+        return self.database_url
+
+    def artifacts(self) -> str:
+        """fsspec URL under which datasets and artifacts are kept."""
+        return self.artifacts_url or (self.root / "artifacts").as_uri()
+
+    def redis(self) -> str:
+        """URL of the Redis that every process of this box talks to."""
+        return self.redis_url or f"unix://{self.valkey_socket()}"
+
+    def valkey_socket(self) -> Path:
+        """Where the embedded Valkey listens: in the data folder, or elsewhere if that path is too long."""
+        inside = self.root / "run" / "valkey.sock"
+        if len(os.fsencode(inside)) <= MAX_SOCKET_PATH:
+            return inside
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:12]
+        return base / f"tuneyard-{os.getuid()}-{digest}" / "valkey.sock"
+
+    def model_allowed(self, model: str) -> bool:
+        return matches(self.model_allow, model)
+
+    def dataset_allowed(self, dataset: str) -> bool:
+        return matches(self.dataset_allow, dataset)
+
+
+def matches(patterns: str, value: str) -> bool:
+    """Whether a comma-separated list of shell patterns (`*`, `?`) covers the value, case and all."""
+    return any(fnmatch.fnmatchcase(value, p.strip()) for p in patterns.split(",") if p.strip())
+
+
+def ensure_private_dir(path: Path) -> None:
+    """Make the folder with mode 0700, or make sure that the one there is ours alone.
+
+    Raises:
+        TuneyardError: somebody else owns it, it is a link, or others may enter it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if path.is_symlink() or not path.is_dir() or found.st_uid != os.getuid():
+            raise TuneyardError(
+                f"{path} belongs to somebody else or is no folder: remove it or set TUNEYARD_DATA_DIR."
+            ) from None
+        path.chmod(0o700)

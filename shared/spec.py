@@ -1,0 +1,183 @@
+"""The job spec: one frozen, serialisable description of a fine-tuning job.
+
+A job can be replayed from its JSON. Every default is DESIGN.md's; a field or value is accepted only once
+it works, so a value that the contract names and this version lacks is refused by the types below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MAX_NAME = 200
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+FILE_ID = r"^file-[0-9a-z]{24}$"
+
+DEFAULT_MODEL = "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1"
+DEFAULT_DATASET = "glaiveai/glaive-function-calling-v2"
+BUNDLED_MODEL = "bundled/smollm2-135m-instruct"
+LOCAL_PREFIX = "local/"
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+ExportFormat = Literal["adapter", "merged_16bit", "gguf:f16", "gguf:q8_0", "gguf:q5_k_m", "gguf:q4_k_m"]
+DataFormat = Literal["auto", "glaive", "messages"]
+Engine = Literal["auto", "reference"]
+Priority = Literal["low", "normal", "high"]
+
+
+def _plain_text(value: str) -> str:
+    if CONTROL_CHARACTERS.search(value):
+        raise ValueError("must not contain control characters, NUL or lone surrogates")
+    return value
+
+
+def _repository_id(value: str) -> str:
+    if not HUB_ID.fullmatch(value) or ".." in value or "--" in value:
+        raise ValueError(
+            "must be an id like 'owner/name' (letters, digits, '.', '_', '-'), not a path or an address"
+        )
+    return value
+
+
+def _revision(value: str) -> str:
+    if not REVISION.fullmatch(value) or ".." in value or "//" in value:
+        raise ValueError("must be a branch, tag or commit of the hub repository")
+    return value
+
+
+def _distinct(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) != len(value):
+        raise ValueError("must not name anything twice")
+    return value
+
+
+PlainText = Annotated[str, AfterValidator(_plain_text)]
+Name = Annotated[PlainText, Field(min_length=1, max_length=MAX_NAME)]
+RepositoryId = Annotated[str, Field(max_length=200), AfterValidator(_repository_id)]
+Revision = Annotated[str, Field(max_length=200), AfterValidator(_revision)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,100}$")]
+
+
+class SpecModel(BaseModel):
+    """Frozen, strict (no "5" for 5), no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class HubDataset(SpecModel):
+    """A data set on the Hugging Face hub."""
+
+    source: Literal["hub"] = "hub"
+    id: RepositoryId = DEFAULT_DATASET
+    revision: Revision | None = None
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] = "train"
+    config: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] | None = None
+    format: DataFormat = "auto"
+
+
+class FileDataset(SpecModel):
+    """A file uploaded through POST /datasets."""
+
+    source: Literal["file"]
+    file_id: Annotated[str, Field(pattern=FILE_ID)]
+    format: DataFormat = "auto"
+
+
+Dataset = Annotated[HubDataset | FileDataset, Field(discriminator="source")]
+
+
+class LoraSpec(SpecModel):
+    """Low-rank adapters on the named linear modules."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Annotated[
+        tuple[ModuleName, ...], Field(min_length=1, max_length=64), AfterValidator(_distinct)
+    ] = TARGET_MODULES
+    use_rslora: bool = False
+
+
+class TrainingSpec(SpecModel):
+    """Hyperparameters of the training loop; the effective batch is batch size x accumulation, in rows."""
+
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=256)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 4
+    num_train_epochs: Annotated[float, Field(gt=0, le=100)] = 3
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0
+    optim: Literal["adamw_8bit", "adamw_torch"] = "adamw_8bit"
+    logging_steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    save_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    save_total_limit: Annotated[int, Field(ge=1, le=100)] = 3
+    eval_steps: None = None
+    early_stopping_patience: None = None
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+
+
+MetadataKey = Annotated[PlainText, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[PlainText, Field(max_length=512)]
+
+
+class JobSpec(SpecModel):
+    """What a user asks for. `{}` is a valid spec: the defaults are a complete job."""
+
+    name: Name | None = None
+    model: RepositoryId = DEFAULT_MODEL
+    model_revision: Revision | None = None
+    dataset: Dataset = HubDataset()
+    validation_dataset: None = None
+    max_samples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    validation_fraction: Annotated[float, Field(ge=0, le=0)] = 0
+    chat_template: Literal["chatml"] = "chatml"
+    tool_call_style: Literal["functioncall"] = "functioncall"
+    max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 4096
+    overlong_rows: Literal["drop"] = "drop"
+    unparsable_calls: Literal["keep", "drop"] = "keep"
+    packing: bool = True
+    train_on: Literal["assistant", "all"] = "assistant"
+    quantization: Literal["auto", "none"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+    engine: Engine = "auto"
+    gpus: Literal[1] = 1
+    time_limit_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    exports: Annotated[
+        tuple[ExportFormat, ...], Field(min_length=1, max_length=6), AfterValidator(_distinct)
+    ] = ("adapter",)
+    report_to: Annotated[tuple[str, ...], Field(max_length=0)] = ()
+    priority: Priority = "normal"
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+
+    @model_validator(mode="after")
+    def _revision_needs_a_hub_model(self) -> Self:
+        if self.model_revision is not None and self.model.startswith((LOCAL_PREFIX, "bundled/")):
+            raise ValueError("model_revision goes with a model of the hub, not with a local or bundled one")
+        return self
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        """A spec that was accepted before, from its stored JSON."""
+        return cls.model_validate_json(json.dumps(stored))
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec with every default written out, as plain JSON types."""
+        return self.model_dump(mode="json")
+
+
+SPEC_EXAMPLE: dict[str, Any] = {
+    "name": "function-calling",
+    "model": BUNDLED_MODEL,
+    "max_seq_length": 512,
+    "training": {"max_steps": 4, "learning_rate": 5e-4, "logging_steps": 1},
+    "exports": ["adapter", "gguf:q4_k_m"],
+}

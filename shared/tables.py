@@ -1,0 +1,182 @@
+"""The tables. Times are UTC; JSON columns hold plain JSON types."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Column, DateTime, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, SQLModel
+
+from shared.clock import utcnow
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time; SQLite keeps it as text without a zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone can't be stored")
+        moment = value.astimezone(UTC)
+        return moment if dialect.name != "sqlite" else moment.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's signature
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+def _job_key(**options: Any) -> Any:
+    return Field(
+        sa_column=Column(String, ForeignKey("job.id", ondelete="CASCADE"), nullable=False, **options)
+    )
+
+
+class ApiKey(SQLModel, table=True):
+    """A key, stored as its hash; `name` is the owner of all that is made with it."""
+
+    __tablename__ = "api_key"
+
+    id: int | None = Field(default=None, primary_key=True)
+    name: str = Field(index=True)
+    key_hash: str = Field(unique=True)
+    hint: str
+    admin: bool = False
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Job(SQLModel, table=True):
+    """A fine-tuning job. `last_seq` is the number of its newest log entry."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        Index("ix_job_owner_page", "owner", "created_at", "id"),
+        Index("ix_job_claim", "status", "priority", "created_at"),
+        Index("ix_job_owner_status", "owner", "status"),
+    )
+
+    id: str = Field(primary_key=True)
+    owner: str
+    status: str
+    phase: str | None = None
+    model: str = Field(index=True)
+    # 0 high, 1 normal, 2 low: the order in which they are claimed.
+    priority: int
+    spec: dict[str, Any] = Field(sa_type=JSON)
+    user_metadata: dict[str, str] = Field(sa_type=JSON)
+    plan: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    plan_history: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
+    data_report: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    progress: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    failure: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    attempt: int = 0
+    # Attempts that ended because the process running them died.
+    losses: int = 0
+    last_seq: int = Field(default=0, sa_type=BigInteger)
+    worker: str | None = None
+    lease_token: str | None = None
+    lease_expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class LogEntry(SQLModel, table=True):
+    """One entry of a job's log; `seq` counts from 1 without gaps."""
+
+    __tablename__ = "log_entry"
+
+    job_id: str = _job_key(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BigInteger)
+    time: datetime = Field(sa_type=UtcDateTime)
+    level: str
+    type: str
+    message: str
+    data: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+
+
+class Metric(SQLModel, table=True):
+    """One row a step; a step that a later attempt runs again replaces the earlier row."""
+
+    __tablename__ = "metric"
+
+    job_id: str = _job_key(primary_key=True)
+    step: int = Field(primary_key=True)
+    values: dict[str, Any] = Field(sa_type=JSON)
+
+
+class CheckpointRow(SQLModel, table=True):
+    __tablename__ = "checkpoint"
+
+    job_id: str = _job_key(primary_key=True)
+    step: int = Field(primary_key=True)
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    bytes: int = Field(sa_type=BigInteger)
+    metrics: dict[str, Any] = Field(sa_type=JSON)
+
+
+class ArtifactRow(SQLModel, table=True):
+    """A complete file in the store under `key`."""
+
+    __tablename__ = "artifact"
+    __table_args__ = (UniqueConstraint("job_id", "name"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    job_id: str = _job_key()
+    name: str
+    kind: str
+    bytes: int = Field(sa_type=BigInteger)
+    sha256: str
+    key: str
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class DatasetRow(SQLModel, table=True):
+    """An uploaded file in the store under `key`."""
+
+    __tablename__ = "dataset"
+    __table_args__ = (Index("ix_dataset_owner_page", "owner", "created_at", "id"),)
+
+    id: str = Field(primary_key=True)
+    owner: str
+    filename: str
+    bytes: int = Field(sa_type=BigInteger)
+    sha256: str
+    status: str
+    format: str
+    report: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: str | None = None
+    key: str
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class IdempotencyKey(SQLModel, table=True):
+    """What a POST /jobs with this key made, for 24 hours."""
+
+    __tablename__ = "idempotency_key"
+
+    owner: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    body_hash: str
+    job_id: str = _job_key()
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
+
+
+class WorkerRow(SQLModel, table=True):
+    """A supervisor that has lately been alive."""
+
+    __tablename__ = "worker"
+
+    id: str = Field(primary_key=True)
+    hostname: str
+    slots: list[dict[str, Any]] = Field(sa_type=JSON)
+    started_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    seen_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)

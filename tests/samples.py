@@ -1,0 +1,32 @@
+"""Rows for tests that need a job or an owner in the database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.database import Database
+from shared.events import Entry
+from shared.ids import new_job_id
+from shared.lifecycle import JobStatus
+from shared.repository.jobs import add_job
+from shared.spec import JobSpec
+from shared.tables import Job
+
+PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+
+
+def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:
+    """Insert a queued job as POST /jobs does; returns its id."""
+    parsed = JobSpec.from_json(spec)
+    job = Job(
+        id=new_job_id(),
+        owner=owner,
+        status=JobStatus.QUEUED,
+        model=parsed.model,
+        priority=PRIORITIES[parsed.priority],
+        spec=parsed.to_json(),
+        user_metadata=dict(parsed.metadata),
+    )
+    with database.write() as session:
+        add_job(session, job, Entry("Accepted."))
+    return job.id
