@@ -1,0 +1,79 @@
+"""A child process with a pipeline that trains nothing: `python -m tests.worker.fake_child`.
+
+What it does is the first word of the job's name; everything around the pipeline is the real thing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress
+from shared.lifecycle import Phase
+from shared.plan import Plan
+from shared.spec import JobSpec
+from shared.storage import hash_file
+from worker.child import main
+from worker.training.workdir import Workdir
+
+# A pipeline that is never stopped ends by itself: nothing outlives a test that failed.
+AT_MOST_SECONDS = 60
+
+
+def pipeline(
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control
+) -> list[Artifact]:
+    word = (spec.name or "succeed").split()[0]
+    sink.phase(Phase.TRAINING)
+    sink.log(Entry("started", data={"pid": os.getpid(), "plan": plan.engine, "samples": spec.max_samples}))
+    if word == "succeed":
+        return _succeed(workdir, sink)
+    if word == "fail":
+        raise ValueError("the pipeline broke")
+    if word == "die":
+        time.sleep(0.3)  # long enough for the log to be written
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "forever":
+        _train_until_stopped(sink, control, checks=True)
+    if word == "deaf":
+        subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
+        _train_until_stopped(sink, control, checks=False)
+    raise AssertionError(word)
+
+
+def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
+    for step in range(1, 4):
+        sink.metrics({"step": step, "loss": 1.0 / step, "grad_norm": float("nan")})
+        sink.progress(Progress(step=step, total_steps=3, epoch=step / 3, loss=1.0 / step))
+    folder = workdir.root / "checkpoints" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w")
+    sink.checkpoint(Checkpoint(step=3, path=folder, bytes=1, metrics={"loss": 0.3}))
+    content = workdir.dataset_file.read_bytes() if workdir.dataset_file else b"adapter"
+    return [_publish(workdir.root / "adapter.tar", content, sink)]
+
+
+def _publish(path: Path, content: bytes, sink: EventSink) -> Artifact:
+    path.write_bytes(content)
+    size, sha256 = hash_file(path)
+    artifact = Artifact(name=path.name, kind="adapter", path=path, bytes=size, sha256=sha256)
+    sink.artifact(artifact)
+    return artifact
+
+
+def _train_until_stopped(sink: EventSink, control: Control, *, checks: bool) -> None:
+    step = 0
+    deadline = time.monotonic() + AT_MOST_SECONDS
+    while time.monotonic() < deadline:
+        step += 1
+        sink.log(Entry(f"step {step}", type="metrics", data={"step": step}))
+        if checks:
+            control.check()
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main(pipeline)

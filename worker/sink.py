@@ -1,0 +1,249 @@
+"""The event sink of a running job: batches its writes to the database on a thread of its own.
+
+Every write is guarded by the attempt's lease token. An attempt that has lost its lease writes nothing more
+and is ended through `on_lost`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import DBAPIError
+
+from shared.clock import utcnow
+from shared.database import Database, Session
+from shared.errors import JobFailure, LeaseLost
+from shared.events import Artifact, Checkpoint, Entry, Progress
+from shared.lifecycle import JobStatus, Phase
+from shared.queue import Doorbell
+from shared.repository import files, leases, logs
+from shared.repository.jobs import set_status
+from shared.storage import Store
+from shared.tables import ArtifactRow, Job
+
+FLUSH_SECONDS = 0.05
+RETRY_SECONDS = 0.5
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Batch:
+    """What has been told since the last commit."""
+
+    entries: list[Entry] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.rows or self.checkpoints or self.changes)
+
+
+class DatabaseSink:
+    """Writes one attempt's events; also keeps its lease alive for as long as this process runs."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        doorbell: Doorbell,
+        job_id: str,
+        token: str,
+        lease_seconds: float,
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._doorbell = doorbell
+        self._job_id = job_id
+        self._token = token
+        self._lease = timedelta(seconds=lease_seconds)
+        self._on_lost = on_lost
+        self._batch = _Batch()
+        self._lock = threading.Lock()  # guards _batch; held for no longer than an append
+        self._writing = threading.Lock()  # one transaction at a time, in the order told
+        self._wake = threading.Event()
+        self._closing = False
+        self._renewed = time.monotonic()
+        self._kept_steps: list[Checkpoint] = []
+        self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def log(self, entry: Entry) -> None:
+        with self._lock:
+            self._batch.entries.append(entry)
+        self._wake.set()
+
+    def phase(self, phase: Phase) -> None:
+        with self._lock:
+            self._batch.changes["phase"] = phase
+            self._batch.entries.append(
+                Entry(phase.replace("_", " ").capitalize() + ".", type="phase", data={"phase": phase})
+            )
+        self._wake.set()
+
+    def metrics(self, row: dict[str, float | int | None]) -> None:
+        with self._lock:
+            self._batch.rows.append({name: _finite(value) for name, value in row.items()})
+        self._wake.set()
+
+    def progress(self, progress: Progress) -> None:
+        with self._lock:
+            self._batch.changes["progress"] = {k: _finite(v) for k, v in asdict(progress).items()}
+        self._wake.set()
+
+    def data_report(self, report: dict[str, Any]) -> None:
+        with self._lock:
+            self._batch.changes["data_report"] = report
+        self._wake.set()
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        with self._lock:
+            self._batch.checkpoints.append(checkpoint)
+        self._wake.set()
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Publish a complete file: into the store, then, if the lease still holds, into the table.
+
+        Raises:
+            LeaseLost: the file is not published.
+        """
+        key = f"jobs/{self._job_id}/{self._token}/{artifact.name}"
+        self._store.publish(artifact.path, key)
+        row = ArtifactRow(
+            job_id=self._job_id,
+            name=artifact.name,
+            kind=artifact.kind,
+            bytes=artifact.bytes,
+            sha256=artifact.sha256,
+            key=key,
+        )
+        entry = Entry(
+            f"{artifact.name} is ready: {artifact.bytes} bytes.",
+            data={"artifact": artifact.name, "kind": artifact.kind, "bytes": artifact.bytes},
+        )
+
+        def write(session: Session, _job: Job) -> str | None:
+            logs.append_entries(session, self._job_id, [entry], self._token)
+            return files.put_artifact(session, row)
+
+        try:
+            earlier = self._commit(write)
+        except LeaseLost:
+            self._store.delete(key)
+            raise
+        if earlier is not None and earlier != key:
+            self._store.delete(earlier)
+
+    def finish(self, status: JobStatus, entry: Entry, failure: JobFailure | None = None) -> None:
+        """Write what is left and end the job, in one transaction.
+
+        A job that was cancelled while it ended otherwise keeps the ending that really happened.
+
+        Raises:
+            LeaseLost: another attempt has the job.
+        """
+        self._stop_thread()
+        recorded = (
+            {"code": failure.code, "message": failure.message, "advice": failure.advice} if failure else None
+        )
+
+        def write(session: Session, job: Job) -> None:
+            logs.append_entries(session, self._job_id, [entry], self._token)
+            set_status(job, status, failure=recorded)
+
+        self._commit(write)
+
+    def give_back(self, why: str) -> None:
+        """End this attempt without ending the job: cancelled if that was asked for, else queued again.
+
+        Raises:
+            LeaseLost: another attempt has the job.
+        """
+        self._stop_thread()
+        self._commit(lambda session, job: leases.give_back(session, job, why))
+
+    def _stop_thread(self) -> None:
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(timeout=self._lease.total_seconds() / 4)
+            self._wake.clear()
+            try:
+                self._flush()
+            except LeaseLost:
+                self._on_lost()
+                return
+            # What is told meanwhile is written together: at most 1 / FLUSH_SECONDS commits a second.
+            time.sleep(FLUSH_SECONDS)
+
+    def _flush(self) -> None:
+        due = time.monotonic() - self._renewed > self._lease.total_seconds() / 4
+        with self._lock:
+            pending = bool(self._batch)
+        if pending or due:
+            self._commit(lambda _session, _job: None)
+
+    def _commit(self, write: Callable[[Session, Job], T]) -> T:
+        """Write all that was told so far and then `write`, in one guarded transaction.
+
+        A database that is locked or away is tried again until the lease is lost to another.
+        """
+        with self._writing:
+            with self._lock:
+                batch, self._batch = self._batch, _Batch()
+            while True:
+                try:
+                    result = self._write(batch, write)
+                    break
+                except DBAPIError as error:
+                    if not _is_passing(error):
+                        raise
+                    logger.warning("The database did not take the log, trying again: %s", error.orig)
+                    time.sleep(RETRY_SECONDS)
+        self._doorbell.tell(self._job_id)
+        return result
+
+    def _write(self, batch: _Batch, write: Callable[[Session, Job], T]) -> T:
+        with self._database.write() as session:
+            job = leases.owned_job(session, self._job_id, self._token)
+            job.lease_expires_at = utcnow() + self._lease
+            for name, value in batch.changes.items():
+                setattr(job, name, value)
+            session.flush()
+            if batch.entries:
+                logs.append_entries(session, self._job_id, batch.entries, self._token)
+            logs.put_metrics(session, self._job_id, batch.rows)
+            for checkpoint in batch.checkpoints:
+                self._kept_steps = [c for c in self._kept_steps if c.path.is_dir()] + [checkpoint]
+                steps = [c.step for c in self._kept_steps]
+                logs.put_checkpoint(session, self._job_id, checkpoint, steps)
+            result = write(session, job)
+        self._renewed = time.monotonic()
+        return result
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; PostgreSQL refuses them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_passing(error: DBAPIError) -> bool:
+    """Whether trying again may help: the database is locked, full or not reachable."""
+    return error.connection_invalidated or type(error).__name__ == "OperationalError"
