@@ -1,0 +1,137 @@
+"""The commands that start processes: serve, api, worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from api.app import create_app
+
+from cli.tree import ProcessTree
+from shared.database import Database
+from shared.queue import Doorbell
+from shared.settings import Settings, ensure_private_dir
+from worker.gpus import find_slots
+from worker.supervisor import Supervisor
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder for the database, uploads and artifacts.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="At most this many jobs at once.")]
+# `serve` holds the other end: when it is gone, however it ended, its children end too.
+WatchStdin = Annotated[bool, typer.Option(hidden=True)]
+
+
+def serve(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    workers: Workers = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Only the API: jobs wait.")] = False,
+) -> None:
+    """Start everything on this box: database, queue, API and a worker."""
+    settings = _settings(host=host, port=port, data_dir=data_dir)
+    tree = ProcessTree(settings, workers=workers, with_worker=not no_worker)
+    _on_signal(tree.stop)
+    try:
+        url = tree.start()
+        if url is not None:
+            key = settings.local_key_file
+            print(
+                f'Tuneyard is ready at {url} - try: curl -H "Authorization: Bearer $(cat {key})" {url}/jobs',
+                flush=True,
+            )
+            tree.watch()
+    finally:
+        tree.close()
+
+
+def api(
+    host: Host = None,
+    port: Port = None,
+    fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    watch_stdin: WatchStdin = False,
+) -> None:
+    """Start the API alone."""
+    _log_to_stderr()
+    settings = _settings(host=host, port=port)
+    ensure_private_dir(settings.root)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        # Followers of a log are cut after this; they come back where they were.
+        timeout_graceful_shutdown=3,
+    )
+    if watch_stdin:
+        _end_with_parent()
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
+
+
+def worker(
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Only these GPUs; default all.")] = None,
+    workers: Workers = None,
+    watch_stdin: WatchStdin = False,
+) -> None:
+    """Start the supervisor of this box: one slot per GPU, or one on the CPU where there is none."""
+    _log_to_stderr()
+    settings = Settings()
+    ensure_private_dir(settings.root)
+    slots = find_slots(_gpu_numbers(gpus), workers)
+    database = Database(settings.database())
+    database.migrate()
+    doorbell = Doorbell(settings.redis())
+    supervisor = Supervisor(settings, database, doorbell, slots)
+    _on_signal(supervisor.stop)
+    if watch_stdin:
+        _end_with_parent()
+    logging.getLogger("worker").info("Slots: %s", ", ".join(slot.name for slot in slots))
+    supervisor.run()
+    doorbell.close()
+    database.close()
+
+
+def _settings(**given: object) -> Settings:
+    return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _gpu_numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("--gpus takes numbers between commas, as in 0,1.") from None
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _on_signal(stop: Callable[[], None]) -> None:
+    """Stop on SIGINT and SIGTERM. On a thread: what stops takes locks that the main thread may hold."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: threading.Thread(target=stop).start())
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()

@@ -1,0 +1,190 @@
+"""The process tree of `serve`: Valkey, the API and the worker, watched and brought back when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import httpx
+from filelock import FileLock, Timeout
+
+from shared.database import Database
+from shared.errors import TuneyardError, Unavailable
+from shared.repository import keys
+from shared.settings import Settings, ensure_private_dir
+from shared.valkey import EmbeddedValkey
+
+READY_SECONDS = 60.0
+WATCH_SECONDS = 0.2
+RESTART_SECONDS = 1.0
+API_STOP_SECONDS = 6.0
+BACKLOG = 2048
+
+
+class ProcessTree:
+    """Everything that `serve` starts, and nothing else."""
+
+    def __init__(self, settings: Settings, *, workers: int | None, with_worker: bool) -> None:
+        self._settings = settings
+        self._workers = workers
+        self._with_worker = with_worker
+        self._stopping = threading.Event()
+        self._ready = False
+        self._valkey: EmbeddedValkey | None = None
+        self._socket: socket.socket | None = None
+        self._api: subprocess.Popen[bytes] | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._lock = FileLock(settings.root / "serve.lock")
+
+    def start(self) -> str | None:
+        """Start all parts and wait until the API answers; its URL, or None if asked to stop meanwhile.
+
+        Raises:
+            TuneyardError: the port is taken, another `serve` has the data folder, or a part did not start.
+        """
+        ensure_private_dir(self._settings.root)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise TuneyardError(
+                f"Another `tuneyard serve` already runs on {self._settings.root}: stop it, or give this one "
+                "a folder of its own with --data-dir."
+            ) from None
+        self._socket = _listen(self._settings.host, self._settings.port)
+        host, port = self._socket.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        make_local_key(self._settings)
+        if self._settings.redis_url is None:
+            self._valkey = EmbeddedValkey(self._settings.valkey_socket(), self._settings.root / "valkey")
+            self._valkey.start()
+        self._api = self._start_api()
+        if self._with_worker:
+            self._worker = self._start_worker()
+        if not self._await_ready(port):
+            return None
+        self._settings.server_url_file.write_text(url + "\n", encoding="utf-8")
+        self._ready = True
+        return url
+
+    def watch(self) -> None:
+        """Bring back what dies, until asked to stop."""
+        while not self._stopping.wait(WATCH_SECONDS):
+            if self._valkey is not None and not self._valkey.is_running():
+                with contextlib.suppress(Unavailable):
+                    self._valkey.start()
+            if self._api is not None and self._api.poll() is not None:
+                self._stopping.wait(RESTART_SECONDS)
+                self._api = self._start_api()
+            if self._worker is not None and self._worker.poll() is not None:
+                self._stopping.wait(RESTART_SECONDS)
+                self._worker = self._start_worker()
+
+    def stop(self) -> None:
+        """Ask `start` and `watch` to return. Takes a lock: for a thread, not for a signal handler."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop everything: no new requests first, then the jobs, then the queue."""
+        if self._ready:
+            self._settings.server_url_file.unlink(missing_ok=True)
+        _end(self._api, API_STOP_SECONDS)
+        _end(self._worker, self._settings.stop_grace_seconds + API_STOP_SECONDS)
+        if self._valkey is not None:
+            self._valkey.stop()
+        if self._socket is not None:
+            self._socket.close()
+        self._lock.release()
+
+    def _start_api(self) -> subprocess.Popen[bytes]:
+        if self._socket is None:
+            raise RuntimeError("the API is started after its socket")
+        fd = self._socket.fileno()
+        return self._start(["api", "--fd", str(fd), "--watch-stdin"], fds=[fd])
+
+    def _start_worker(self) -> subprocess.Popen[bytes]:
+        count = ["--workers", str(self._workers)] if self._workers else []
+        return self._start(["worker", "--watch-stdin", *count])
+
+    def _start(self, arguments: Sequence[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        given = {"DATA_DIR": self._settings.root, "HOST": self._settings.host, "PORT": self._settings.port}
+        environment = os.environ | {f"TUNEYARD_{name}": str(value) for name, value in given.items()}
+        # A session of its own: Ctrl-C reaches `serve` alone, which stops its parts in order.
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *arguments],
+            env=environment,
+            stdin=subprocess.PIPE,
+            pass_fds=fds,
+            start_new_session=True,
+        )
+
+    def _await_ready(self, port: int) -> bool:
+        deadline = time.monotonic() + READY_SECONDS
+        host = self._settings.host
+        address = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
+        address = f"[{address}]" if ":" in address else address
+        while not self._stopping.wait(0.05):
+            if self._api is not None and self._api.poll() is not None:
+                raise TuneyardError("The API did not start: see the messages above.")
+            if time.monotonic() > deadline:
+                raise TuneyardError(f"The API did not answer within {READY_SECONDS:.0f} s.")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://{address}:{port}/healthz", timeout=1).is_success:
+                    return True
+        return False
+
+
+def make_local_key(settings: Settings) -> None:
+    """The admin key of this box, in a file that only its user can read; made on the first start."""
+    database = Database(settings.database())
+    try:
+        database.migrate()
+        path = settings.local_key_file
+        with database.write() as session:
+            if path.is_file():
+                try:
+                    keys.find_key(session, path.read_text(encoding="utf-8").strip())
+                except TuneyardError:
+                    path.unlink()  # of another database, or revoked
+                else:
+                    path.chmod(0o600)
+                    return
+            key = keys.create_key(session, "local", admin=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(key + "\n")
+    finally:
+        database.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise TuneyardError(
+            f"Can't listen on {host}:{port}: {error.strerror}. Another server may have it: choose another "
+            "with --port."
+        ) from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _end(process: subprocess.Popen[bytes] | None, seconds: float) -> None:
+    if process is None:
+        return
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
