@@ -77,7 +77,7 @@ def _run_job(client: Client, folder: Path) -> list[Path]:
     uploaded = client.upload(DATA)
     if uploaded["status"] == "error":
         raise TuneyardError(f"The demo's data set was refused: {uploaded['error']}")
-    console.print(f"Uploaded {DATA.name}: {uploaded['report']['usable']} conversations.", highlight=False)
+    console.print(f"Uploaded {DATA.name}: {uploaded['report']['rows_used']} conversations.", highlight=False)
     job = client.submit(SPEC | {"dataset": {"source": "file", "file_id": uploaded["id"]}})
     console.print(f"Submitted job {job['id']}. Its log:", highlight=False)
     follow_job(client, job["id"])

@@ -83,7 +83,7 @@ def estimate(
     """What the job will take, None where it can't be known before it runs.
 
     Args:
-        report: the uploaded dataset's report (`usable`, `characters`), None for a dataset not seen yet.
+        report: the uploaded dataset's report (`rows_used`, `characters`), None for a dataset not seen yet.
 
     Returns:
         `tokens` (an epoch's), `steps` (the whole job's optimiser steps), `disk_bytes` (all exports); time
@@ -115,7 +115,7 @@ def count_steps(spec: JobSpec, rows: int | None) -> int | None:
 def _tokens_and_rows(spec: JobSpec, report: dict[str, Any] | None) -> tuple[int | None, int | None]:
     if report is None:
         return None, None
-    usable = int(report["usable"])
+    usable = int(report["rows_used"])
     used = min(usable, spec.max_samples or usable)
     tokens = math.ceil(report["characters"] / CHARACTERS_PER_TOKEN * used / max(usable, 1))
     packed = math.ceil(tokens / spec.max_seq_length / (1 - PACKING_WASTE))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shared.errors import InvalidRequest
+from worker.gpus import find_slots, parse_gpus, probe_gpus
+
+TWO = "0, NVIDIA H100 80GB HBM3, 81559\n1, NVIDIA RTX 4090, 24564\n"
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's tool that shows two GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{TWO}END\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+
+
+def test_the_drivers_table_is_read() -> None:
+    first, second = parse_gpus(TWO)
+    assert (first.index, first.name, first.memory_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
+    assert (second.kind, second.index) == ("cuda", 1)
+    assert parse_gpus("No devices were found\n") == []
+    assert parse_gpus("0, GPU, [N/A]\n") == []
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_every_gpu_is_a_slot_unless_some_are_named() -> None:
+    assert [s.index for s in find_slots(None, None)] == [0, 1]
+    assert [s.index for s in find_slots([1], None)] == [1]
+    assert [s.index for s in find_slots(None, 1)] == [0]
+    with pytest.raises(InvalidRequest, match=r"no GPU 7.*\[0, 1\]"):
+        find_slots([7], None)
+
+
+def test_without_a_driver_there_are_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert probe_gpus() == []
+    (slot,) = find_slots(None, None)
+    assert slot.kind == "cpu"
+    assert slot.memory_bytes > 0
+    assert [s.index for s in find_slots(None, 3)] == [0, 1, 2]
+    with pytest.raises(InvalidRequest, match="none"):
+        find_slots([0], None)
