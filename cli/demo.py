@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,8 @@ def demo(
 ) -> None:
     """Fine-tune a small model on this machine, from upload to an answer, in a few minutes."""
     began = time.monotonic()
+    # As Ctrl-C does: what was started is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = Settings(data_dir=data_dir, port=0)
     tree = ProcessTree(settings, workers=1, with_worker=True)
     try:

@@ -12,6 +12,7 @@ from rich.console import Console
 from cli.client import Client
 from cli.connect import connect
 from cli.render import Follower, human_bytes, human_seconds, log_line, table
+from shared.errors import InvalidRequest
 from shared.ids import DATASET_ID
 from shared.spec import DEFAULT_MODEL
 
@@ -182,7 +183,7 @@ def build_spec(
     """The spec that the options describe, over the one in the file. What is not given stays the server's.
 
     Raises:
-        typer.BadParameter: the file is no JSON object, or an assignment has no `=`.
+        InvalidRequest: the file is no JSON object, or an assignment has no `=`.
     """
     spec = _read_spec(spec_file)
     if model is not None:
@@ -205,9 +206,9 @@ def _read_spec(path: Path | None) -> Json:
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise typer.BadParameter(f"{path} is no JSON: {error}") from error
+        raise InvalidRequest(f"{path} is no JSON: {error}") from error
     if not isinstance(spec, dict):
-        raise typer.BadParameter(f"{path} must hold one JSON object, a job spec.")
+        raise InvalidRequest(f"{path} must hold one JSON object, a job spec.")
     return spec
 
 
@@ -218,14 +219,14 @@ def _dataset(client: Client, name: str) -> Json:
         return {"source": "hub", "id": name}
     uploaded = client.upload(Path(name))
     if uploaded["status"] == "error":
-        raise typer.BadParameter(f"{name} can't be used: {uploaded['error']}")
+        raise InvalidRequest(f"{name} can't be used: {uploaded['error']}")
     return {"source": "file", "file_id": uploaded["id"]}
 
 
 def _assign(spec: Json, assignment: str) -> None:
     field, equals, text = assignment.partition("=")
     if not equals:
-        raise typer.BadParameter(f"{assignment}: write FIELD=VALUE, as in training.max_steps=100.")
+        raise InvalidRequest(f"{assignment}: write FIELD=VALUE, as in training.max_steps=100.")
     try:
         value = json.loads(text)
     except ValueError:

@@ -13,6 +13,7 @@ from rich.console import Console
 from cli.render import table
 from shared.clock import isoformat
 from shared.database import Database
+from shared.errors import InvalidRequest
 from shared.repository import keys
 from shared.settings import Settings, ensure_private_dir
 
@@ -29,7 +30,7 @@ def create(
 ) -> None:
     """Make a key. It is shown this once: only its hash is kept."""
     if not OWNER_NAME.fullmatch(name):
-        raise typer.BadParameter("NAME is 1 to 100 letters, digits, '.', '_', '-' or '@'.")
+        raise InvalidRequest("NAME is 1 to 100 letters, digits, '.', '_', '-' or '@'.")
     with opened_database() as database, database.write() as session:
         key = keys.create_key(session, name, admin=admin)
     console.print(f"A key for {name}. Keep it: it is not shown again.", highlight=False)

@@ -18,7 +18,7 @@ def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]
     """Print rows; on a pipe one line a row, columns between tabs, so that scripts can cut them."""
     if not console.is_terminal:
         for row in rows:
-            console.print("\t".join(_cell(c) for c in row), markup=False, highlight=False, soft_wrap=True)
+            print("\t".join(_cell(c) for c in row))  # rich would make spaces of the tabs
         return
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
-from api.app import create_app
 
+from api.app import create_app
+from api.server import Server
 from cli.tree import ProcessTree
 from shared.database import Database
+from shared.errors import InvalidRequest
 from shared.queue import Doorbell
 from shared.settings import Settings, ensure_private_dir
 from worker.gpus import find_slots
@@ -65,19 +66,10 @@ def api(
     _log_to_stderr()
     settings = _settings(host=host, port=port)
     ensure_private_dir(settings.root)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        # Followers of a log are cut after this; they come back where they were.
-        timeout_graceful_shutdown=3,
-    )
+    server = Server(create_app(settings), settings.host, settings.port)
     if watch_stdin:
         _end_with_parent()
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
+    server.run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
 
 
 def worker(
@@ -113,7 +105,7 @@ def _gpu_numbers(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter("--gpus takes numbers between commas, as in 0,1.") from None
+        raise InvalidRequest("--gpus takes numbers between commas, as in 0,1.") from None
 
 
 def _log_to_stderr() -> None:

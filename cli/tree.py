@@ -23,7 +23,8 @@ from shared.valkey import EmbeddedValkey
 READY_SECONDS = 60.0
 WATCH_SECONDS = 0.2
 RESTART_SECONDS = 1.0
-API_STOP_SECONDS = 6.0
+# Longer than the API itself gives to open downloads, and than a supervisor needs after its grace time.
+STOP_SECONDS = 12.0
 BACKLOG = 2048
 
 
@@ -93,8 +94,8 @@ class ProcessTree:
         """Stop everything: no new requests first, then the jobs, then the queue."""
         if self._ready:
             self._settings.server_url_file.unlink(missing_ok=True)
-        _end(self._api, API_STOP_SECONDS)
-        _end(self._worker, self._settings.stop_grace_seconds + API_STOP_SECONDS)
+        _end(self._api, STOP_SECONDS)
+        _end(self._worker, self._settings.stop_grace_seconds + STOP_SECONDS)
         if self._valkey is not None:
             self._valkey.stop()
         if self._socket is not None:

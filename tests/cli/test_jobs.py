@@ -1,0 +1,176 @@
+"""The client commands against a served API, with a worker whose pipeline trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.demo import DATA
+from shared.database import Database
+from shared.planner import Device
+from shared.queue import Doorbell
+from shared.settings import Settings
+from tests.cli.test_serve import Served
+from tests.conftest import TEST_DATABASE, wait_for
+from worker.supervisor import Supervisor
+
+MODEL = "bundled/smollm2-135m-instruct"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A served API and a supervisor with the fake pipeline, on one data folder."""
+    folder = tmp_path_factory.mktemp("box") / "data"
+    served = Served(folder, "--no-worker")
+    served.ready()
+    settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2)
+    database, doorbell = Database(settings.database()), Doorbell(settings.redis())
+    slot = Device("cpu", 0, "CPU", 8 << 30)
+    supervisor = Supervisor(settings, database, doorbell, [slot], "tests.worker.fake_child")
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    yield settings
+    supervisor.stop()
+    thread.join(20)
+    doorbell.close()
+    database.close()
+    served.process.terminate()
+    served.process.wait(20)
+    if served.process.stdout is not None:
+        served.process.stdout.close()
+
+
+@pytest.fixture
+def tuneyard(box: Settings) -> Run:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
+    environment["TUNEYARD_DATA_DIR"] = str(box.root)
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cli.main", *arguments],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def submit(tuneyard: Run, *arguments: str) -> str:
+    done = tuneyard("submit", "--model", MODEL, "--dataset", str(DATA), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[0]
+
+
+def test_submit_follow_list_show_and_download(tuneyard: Run, tmp_path: Path) -> None:
+    followed = tuneyard("submit", "--model", MODEL, "--dataset", str(DATA), "--name", "succeed", "--follow")
+    assert followed.returncode == 0, followed.stderr
+    assert "Succeeded." in followed.stdout
+    job_id = followed.stdout.split()[0]
+    assert job_id in tuneyard("jobs", "--status", "succeeded").stdout
+    shown = json.loads(tuneyard("show", job_id).stdout)
+    assert shown["status"] == "succeeded"
+    assert "Accepted" in tuneyard("logs", job_id).stdout
+    assert "adapter.tar\tadapter" in tuneyard("artifacts", job_id).stdout
+    done = tuneyard("download", job_id, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter.tar").read_bytes() == DATA.read_bytes()
+
+
+def test_a_broken_off_download_goes_on_where_it_was(tuneyard: Run, tmp_path: Path) -> None:
+    job_id = submit(tuneyard, "--name", "succeed")
+    tuneyard("logs", "-f", job_id)
+    whole = DATA.read_bytes()
+    for partial in (whole[:1000], b"something else", whole + b"longer"):
+        (tmp_path / "adapter.tar.part").write_bytes(partial)
+        done = tuneyard("download", job_id, "adapter.tar", "-o", str(tmp_path))
+        if partial == b"something else":
+            assert "damaged" in done.stderr
+        else:
+            assert (tmp_path / "adapter.tar").read_bytes() == whole
+
+
+def test_the_seeds_three_flags(tuneyard: Run) -> None:
+    job_id = submit(tuneyard, "--max-samples", "7", "--merge", "--gguf", "q4_k_m", "--gguf", "q8_0")
+    spec = json.loads(tuneyard("show", job_id).stdout)["spec"]
+    assert spec["max_samples"] == 7
+    assert spec["exports"] == ["adapter", "merged_16bit", "gguf:q4_k_m", "gguf:q8_0"]
+
+
+def test_a_spec_file_and_assignments(tuneyard: Run, tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps({"training": {"seed": 1, "max_steps": 5}}))
+    job_id = submit(
+        tuneyard, "--spec", str(tmp_path / "spec.json"), "--set", "training.seed=9", "--set", "train_on=all"
+    )
+    spec = json.loads(tuneyard("show", job_id).stdout)["spec"]
+    assert (spec["training"]["seed"], spec["training"]["max_steps"], spec["train_on"]) == (9, 5, "all")
+
+
+def test_a_failed_job_makes_the_follower_fail(tuneyard: Run) -> None:
+    done = tuneyard("submit", "--model", MODEL, "--dataset", str(DATA), "--name", "fail", "-f")
+    assert done.returncode == 1
+    assert "the pipeline broke" in done.stdout
+
+
+def test_cancel(tuneyard: Run) -> None:
+    job_id = submit(tuneyard, "--name", "forever")
+    assert tuneyard("cancel", job_id).stdout.strip() in ("cancelling", "cancelled")
+    assert tuneyard("logs", "-f", job_id).returncode == 1
+    assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "cancelled")
+
+
+def test_estimate_and_datasets(tuneyard: Run) -> None:
+    uploaded = tuneyard("datasets", "upload", str(DATA))
+    dataset_id = uploaded.stdout.strip()
+    said = tuneyard("estimate", "--model", MODEL, "--dataset", dataset_id).stdout
+    assert "reference engine" in said
+    assert "optimiser steps" in said
+    assert dataset_id in tuneyard("datasets", "list").stdout
+    assert json.loads(tuneyard("datasets", "show", dataset_id).stdout)["report"]["rows_used"] > 0
+    assert tuneyard("datasets", "delete", dataset_id).returncode == 0
+    assert tuneyard("datasets", "show", dataset_id).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("show", "ftjob-" + "0" * 24), "job"),
+        (("submit", "--set", "training.lr=1"), "training.lr"),
+        (("submit", "--set", "nothing"), "FIELD=VALUE"),
+        (("jobs", "--status", "odd"), "status"),
+        (("download", "ftjob-" + "0" * 24), "job"),
+    ],
+)
+def test_a_refusal_is_one_clear_line(tuneyard: Run, arguments: tuple[str, ...], said: str) -> None:
+    done = tuneyard(*arguments)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_no_data_set_is_refused_before_any_job(tuneyard: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"messages": []}\n' * 6 + "{broken\n")
+    done = tuneyard("submit", "--dataset", str(tmp_path / "broken.jsonl"))
+    assert done.returncode != 0
+    assert "line 7" in done.stderr.lower()
+
+
+def test_without_a_server_or_a_key_it_says_what_to_do(tuneyard: Run, tmp_path: Path) -> None:
+    nobody = tuneyard("jobs", TUNEYARD_URL="http://127.0.0.1:1")
+    assert nobody.returncode == 1
+    assert "does not answer" in nobody.stderr
+    keyless = tuneyard("jobs", TUNEYARD_DATA_DIR=str(tmp_path))
+    assert "TUNEYARD_API_KEY" in keyless.stderr
+    wrong = tuneyard("jobs", TUNEYARD_API_KEY="ty-wrong")
+    assert wrong.returncode == 1
+    assert "not known" in wrong.stderr

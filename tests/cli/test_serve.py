@@ -1,0 +1,164 @@
+"""`tuneyard serve` as its user starts it: a real process tree on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import TEST_DATABASE, wait_for
+
+READY = re.compile(
+    r'Tuneyard is ready at (http://\S+) - try: curl -H "Authorization: Bearer \$\(cat (\S+)\)" '
+)
+
+
+class Served:
+    """A running `serve` and what it said."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
+        if TEST_DATABASE:
+            environment["TUNEYARD_DATABASE_URL"] = TEST_DATABASE
+        self.folder = folder
+        self.errors = folder.parent / f"{folder.name}.err"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "cli.main",
+                    "serve",
+                    "--port",
+                    "0",
+                    "--data-dir",
+                    str(folder),
+                    *arguments,
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def ready(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = READY.match(line)
+        assert found, f"{line!r}; {self.errors.read_text()}"
+        assert Path(found[2]) == self.folder / "local.key"
+        return found[1]
+
+    def parts(self) -> dict[str, psutil.Process]:
+        """The children by what they are."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error, IndexError):  # it ends or starts at this moment
+                command = child.cmdline()
+                found["valkey" if "valkey" in command[0] else command[3]] = child
+        return found
+
+    def get(self, url: str, path: str) -> httpx.Response:
+        key = (self.folder / "local.key").read_text().strip()
+        return httpx.get(f"{url}{path}", headers={"Authorization": f"Bearer {key}"}, timeout=5)
+
+    def answers(self, url: str, path: str) -> bool:
+        try:
+            return self.get(url, path).is_success
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    running = Served(tmp_path / "data")
+    yield running
+    running.process.kill()
+    running.process.wait()
+    if running.process.stdout is not None:
+        running.process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(
+    served: Served, number: signal.Signals
+) -> None:
+    url = served.ready()
+    parts = served.parts()
+    assert set(parts) == {"valkey", "api", "worker"}
+    assert served.get(url, "/jobs").json()["data"] == []
+    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
+    served.process.send_signal(number)
+    assert served.process.wait(20) == 0
+    assert not any(part.is_running() for part in parts.values())
+    assert served.process.stdout is not None
+    assert served.process.stdout.read() == ""
+    assert "Traceback" not in served.errors.read_text()
+
+
+def test_the_local_key_is_the_users_alone(served: Served) -> None:
+    served.ready()
+    assert (served.folder / "local.key").stat().st_mode & 0o777 == 0o600
+    assert served.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_dies_is_brought_back(served: Served) -> None:
+    url = served.ready()
+    before = served.parts()
+    for part in before.values():
+        part.kill()
+    wait_for(lambda: set(served.parts()) == set(before) and served.answers(url, "/readyz"), 30)
+    assert {p.pid for p in served.parts().values()}.isdisjoint({p.pid for p in before.values()})
+    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
+
+
+def test_when_serve_is_killed_its_parts_end_and_the_next_start_is_clean(
+    served: Served, tmp_path: Path
+) -> None:
+    served.ready()
+    parts = served.parts()
+    served.process.kill()
+    served.process.wait()
+    assert wait_for(lambda: not (parts["api"].is_running() or parts["worker"].is_running()), 20)
+    again = Served(tmp_path / "data")
+    again.ready()
+    assert wait_for(lambda: not parts["valkey"].is_running())
+    again.process.terminate()
+    assert again.process.wait(20) == 0
+    assert again.process.stdout is not None
+    again.process.stdout.close()
+
+
+def refused(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_second_serve_on_the_same_folder_is_refused_and_harms_nothing(served: Served) -> None:
+    url = served.ready()
+    assert "Another `tuneyard serve`" in refused("--port", "0", "--data-dir", str(served.folder))
+    assert served.answers(url, "/jobs")
+    assert (served.folder / "server.url").read_text().strip() == url
+
+
+def test_a_port_that_is_taken_is_named(served: Served, tmp_path: Path) -> None:
+    port = served.ready().rsplit(":", 1)[1]
+    said = refused("--port", port, "--data-dir", str(tmp_path / "other"))
+    assert f"Can't listen on 127.0.0.1:{port}" in said
