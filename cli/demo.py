@@ -58,7 +58,8 @@ def demo(
     # As Ctrl-C does: what was started is stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = Settings(data_dir=data_dir, port=0)
-    tree = ProcessTree(settings, workers=1, with_worker=True)
+    log_file = settings.root / "server.log"
+    tree = ProcessTree(settings, workers=1, with_worker=True, log_file=log_file)
     try:
         console.print("Starting a server and a worker on this machine …")
         url = tree.start()
@@ -73,7 +74,7 @@ def demo(
     console.print(f"Done in {human_seconds(time.monotonic() - began)}. What the demo made:")
     rows = ((path.name, human_bytes(path.stat().st_size), str(path)) for path in results)
     table(console, ("file", "size", "path"), rows)
-    console.print(f"The server's data folder is {settings.root}.", highlight=False, soft_wrap=True)
+    console.print(f"The server's own log: {log_file}", highlight=False, soft_wrap=True)
 
 
 def _run_job(client: Client, folder: Path) -> list[Path]:

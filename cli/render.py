@@ -74,7 +74,8 @@ class Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def show(self, entry: Json) -> None:
         style = LEVEL_STYLES.get(entry["level"])

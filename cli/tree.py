@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 from filelock import FileLock, Timeout
@@ -31,8 +32,12 @@ BACKLOG = 2048
 class ProcessTree:
     """Everything that `serve` starts, and nothing else."""
 
-    def __init__(self, settings: Settings, *, workers: int | None, with_worker: bool) -> None:
+    def __init__(
+        self, settings: Settings, *, workers: int | None, with_worker: bool, log_file: Path | None = None
+    ) -> None:
+        """`log_file` takes what the parts print; without one it goes to standard error."""
         self._settings = settings
+        self._log_file = log_file
         self._workers = workers
         self._with_worker = with_worker
         self._stopping = threading.Event()
@@ -115,14 +120,17 @@ class ProcessTree:
     def _start(self, arguments: Sequence[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
         given = {"DATA_DIR": self._settings.root, "HOST": self._settings.host, "PORT": self._settings.port}
         environment = os.environ | {f"TUNEYARD_{name}": str(value) for name, value in given.items()}
-        # A session of its own: Ctrl-C reaches `serve` alone, which stops its parts in order.
-        return subprocess.Popen(
-            [sys.executable, "-m", "cli.main", *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            pass_fds=fds,
-            start_new_session=True,
-        )
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(self._log_file.open("ab")) if self._log_file else None
+            # A session of its own: Ctrl-C reaches `serve` alone, which stops its parts in order.
+            return subprocess.Popen(
+                [sys.executable, "-m", "cli.main", *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stderr=output,
+                pass_fds=fds,
+                start_new_session=True,
+            )
 
     def _await_ready(self, port: int) -> bool:
         deadline = time.monotonic() + READY_SECONDS

@@ -1,7 +1,7 @@
 """The job spec: one frozen, serialisable description of a fine-tuning job.
 
-A job can be replayed from its JSON. Every default is DESIGN.md's; a field or value is accepted only once
-it works, so a value that the contract names and this version lacks is refused by the types below.
+A job can be replayed from its JSON. A field or value is accepted only once it works: what this version
+lacks is refused by the types below.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_NAME = 200
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -25,7 +25,7 @@ LOCAL_PREFIX = "local/"
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 ExportFormat = Literal["adapter", "merged_16bit", "gguf:f16", "gguf:q8_0", "gguf:q5_k_m", "gguf:q4_k_m"]
-DataFormat = Literal["auto", "glaive", "messages"]
+DataFormat = Literal["auto", "glaive", "messages", "sharegpt", "alpaca", "text", "prompt_completion"]
 Engine = Literal["auto", "reference"]
 Priority = Literal["low", "normal", "high"]
 
@@ -123,7 +123,8 @@ class TrainingSpec(SpecModel):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
 
 
-MetadataKey = Annotated[PlainText, Field(min_length=1, max_length=64)]
+# Jobs are filtered by `metadata[key]=value`, where brackets and quotes have a meaning of their own.
+MetadataKey = Annotated[PlainText, Field(min_length=1, max_length=64, pattern=r'^[^"\\\[\]]+$')]
 MetadataValue = Annotated[PlainText, Field(max_length=512)]
 
 
@@ -140,7 +141,7 @@ class JobSpec(SpecModel):
     chat_template: Literal["chatml"] = "chatml"
     tool_call_style: Literal["functioncall"] = "functioncall"
     max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 4096
-    overlong_rows: Literal["drop"] = "drop"
+    overlong_rows: Literal["drop", "cut"] = "drop"
     unparsable_calls: Literal["keep", "drop"] = "keep"
     packing: bool = True
     train_on: Literal["assistant", "all"] = "assistant"
@@ -158,11 +159,12 @@ class JobSpec(SpecModel):
     priority: Priority = "normal"
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
 
-    @model_validator(mode="after")
-    def _revision_needs_a_hub_model(self) -> Self:
-        if self.model_revision is not None and self.model.startswith((LOCAL_PREFIX, "bundled/")):
-            raise ValueError("model_revision goes with a model of the hub, not with a local or bundled one")
-        return self
+    @field_validator("model_revision")
+    @classmethod
+    def _revision_needs_a_hub_model(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        if revision is not None and str(info.data.get("model")).startswith((LOCAL_PREFIX, "bundled/")):
+            raise ValueError("goes with a model of the hub, not with a local or bundled one")
+        return revision
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:

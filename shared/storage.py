@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import fsspec
@@ -67,7 +67,7 @@ class Store:
         self._fs.get_file(self._path(key), str(target))
         return target
 
-    def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+    def read(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
         """The bytes from `start` up to and without `end`, in chunks of at most 1 MiB.
 
         Raises:

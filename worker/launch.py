@@ -24,7 +24,8 @@ ENVIRONMENT = frozenset(
         "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
     }
 )  # fmt: skip
-ENVIRONMENT_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_")
+# AWS_ is for an artifact store on S3.
+ENVIRONMENT_PREFIXES = ("LC_", "HF_", "AWS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TRITON_")
 OUTPUT_FILE = "output.log"
 
 
@@ -119,6 +120,8 @@ def _environment(workdir: Path, device: Device) -> dict[str, str]:
     temporary.mkdir(mode=0o700, exist_ok=True)
     return kept | {
         "CUDA_VISIBLE_DEVICES": str(device.index) if device.kind == "cuda" else "",
+        # As nvidia-smi counts them, which the slots come from.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "TMPDIR": str(temporary),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",

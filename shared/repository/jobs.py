@@ -186,7 +186,8 @@ def put_idempotent(session: Session, owner: str, key: str, body_hash: str, job_i
 def lock_owner(session: Session, owner: str) -> None:
     """Let no other transaction create jobs for this owner until this one ends.
 
-    Quotas and idempotency keys are counted first and written then. SQLite's write transaction is alone anyway.
+    Quotas and idempotency keys are counted first and written then. SQLite's write transaction is alone
+    anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))

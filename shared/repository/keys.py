@@ -32,6 +32,12 @@ def find_key(session: Session, key: str) -> ApiKey:
     return row
 
 
+def is_live(session: Session, key_id: int) -> bool:
+    """Whether the key is there and not revoked."""
+    row = session.get(ApiKey, key_id)
+    return row is not None and row.revoked_at is None
+
+
 def list_keys(session: Session) -> list[ApiKey]:
     return list(session.exec(select(ApiKey).order_by(col(ApiKey.id))))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, insert, update
+from sqlalchemy import select as sa_select
 from sqlmodel import Session, col, delete, select
 
 from shared.errors import LeaseLost, NotFound
@@ -49,15 +51,27 @@ def append_entries(session: Session, job_id: str, entries: Sequence[Entry], toke
     return int(last)
 
 
-def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[LogEntry]:
+class StoredEntry(NamedTuple):
+    """An entry as it is kept."""
+
+    seq: int
+    time: datetime
+    level: str
+    type: str
+    message: str
+    data: dict[str, Any] | None
+
+
+def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[StoredEntry]:
     """Up to `limit` entries with seq > `after`, oldest first."""
+    # Columns, not objects: logs are read far more often than anything else, and this takes half the time.
     statement = (
-        select(LogEntry)
-        .where(LogEntry.job_id == job_id, col(LogEntry.seq) > after)
+        sa_select(*[col(getattr(LogEntry, name)) for name in StoredEntry._fields])
+        .where(col(LogEntry.job_id) == job_id, col(LogEntry.seq) > after)
         .order_by(col(LogEntry.seq))
         .limit(limit)
     )
-    return list(session.exec(statement))
+    return [StoredEntry._make(row) for row in session.execute(statement)]
 
 
 def log_state(session: Session, job_id: str, owner: str | None) -> tuple[JobStatus, int]:

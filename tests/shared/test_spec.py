@@ -119,6 +119,7 @@ def test_a_spec_survives_its_own_json(spec: dict[str, Any]) -> None:
         ({"name": "x" * 201}, "name"),
         ({"name": "a\u0000b"}, "name"),
         ({"metadata": {"k": 1}}, "metadata.k"),
+        ({"metadata": {'a"b': "v"}}, 'metadata.a"b.[key]'),
         ({"metadata": {"k" * 65: "v"}}, f"metadata.{'k' * 65}.[key]"),
         ({"metadata": {str(n): "v" for n in range(17)}}, "metadata"),
         ({"priority": "urgent"}, "priority"),
@@ -159,7 +160,7 @@ def test_what_is_no_number_is_refused(number: str) -> None:
 
 
 def test_a_revision_goes_with_a_hub_model_alone() -> None:
-    assert errors({"model": "local/x", "model_revision": "main"}) == [""]
+    assert errors({"model": "local/x", "model_revision": "main"}) == ["model_revision"]
     assert JobSpec.from_json({"model": "a/b", "model_revision": "refs/pr/1"}).model_revision == "refs/pr/1"
 
 

@@ -1,0 +1,107 @@
+"""The application: what it is made of and how it starts and stops."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from api import errors
+from api.context import Context
+from api.dependencies import refuse_unknown_query
+from api.metrics import Metrics
+from api.middleware import BodyLimit, Guard, RequestLog
+from api.news import Hub
+from api.routes import artifacts, datasets, health, jobs, logs, models, system
+from api.schemas import ErrorOut
+from api.services.inspection import Inspector
+from api.services.uploads import sweep
+from shared.database import Database
+from shared.queue import Doorbell
+from shared.settings import Settings
+from shared.spec import JobSpec
+from shared.storage import Store
+
+SCHEMA_REF = "#/components/schemas/{model}"
+ROUTERS = (jobs.router, logs.router, artifacts.router, datasets.router, models.router, system.router)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API for these settings. Its database, store and queue are opened when it starts."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _open(settings, metrics) as context:
+            app.state.context = context
+            yield
+
+    app = _Api(
+        title="Tuneyard",
+        description="A self-hosted fine-tuning job service.",
+        version=version("tuneyard"),
+        lifespan=lifespan,
+        redoc_url=None,
+        dependencies=[Depends(refuse_unknown_query)],
+        responses={"default": {"model": ErrorOut, "description": "Every error has this shape."}},
+        generate_unique_id_function=lambda route: route.name,
+    )
+    for router in (*ROUTERS, health.router):
+        app.include_router(router)
+    # The last one added is the first that a request meets.
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origin_regex=_any_of(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestLog, metrics=metrics)
+    errors.install(app)
+    return app
+
+
+def _any_of(patterns: str) -> str:
+    return "|".join(fnmatch.translate(pattern.strip()) for pattern in patterns.split(",") if pattern.strip())
+
+
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's schema with the job spec, which no parameter declares because it is parsed by itself."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            spec = JobSpec.model_json_schema(ref_template=SCHEMA_REF)
+            schema["components"]["schemas"] |= spec.pop("$defs", {})
+            schema["components"]["schemas"]["JobSpec"] = spec
+        return super().openapi()
+
+
+@asynccontextmanager
+async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
+    settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = Database(settings.database())
+    await to_thread.run_sync(database.migrate)
+    store = Store(settings.artifacts())
+    uploads = settings.root / "uploads"
+    await to_thread.run_sync(sweep, uploads)
+    doorbell = Doorbell(settings.redis())
+    hub = Hub(database, settings.redis())
+    inspector = Inspector(database, store, uploads)
+    hub.start()
+    await inspector.start()
+    try:
+        yield Context(settings, database, store, doorbell, hub, inspector, metrics)
+    finally:
+        await inspector.stop()
+        await hub.stop()
+        doorbell.close()
+        database.close()

@@ -1,0 +1,145 @@
+"""What routes need, as type aliases: a route's signature reads as a list of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Path, Query, Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query as QueryInfo
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from api.context import Caller, Context
+from api.news import Hub
+from api.services.inspection import Inspector
+from shared.database import Database
+from shared.errors import InvalidRequest, NotFound, Unauthorized
+from shared.ids import DATASET_ID, JOB_ID
+from shared.queue import Doorbell
+from shared.repository.jobs import Page
+from shared.repository.keys import find_key
+from shared.settings import Settings
+from shared.storage import Store
+
+MAX_PAGE = 100
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `tuneyard keys create NAME` makes one.")
+
+
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+ContextDep = Annotated[Context, Depends(_context)]
+
+
+async def _settings(context: ContextDep) -> Settings:
+    return context.settings
+
+
+async def _database(context: ContextDep) -> Database:
+    return context.database
+
+
+async def _store(context: ContextDep) -> Store:
+    return context.store
+
+
+async def _doorbell(context: ContextDep) -> Doorbell:
+    return context.doorbell
+
+
+async def _hub(context: ContextDep) -> Hub:
+    return context.hub
+
+
+async def _inspector(context: ContextDep) -> Inspector:
+    return context.inspector
+
+
+SettingsDep = Annotated[Settings, Depends(_settings)]
+DatabaseDep = Annotated[Database, Depends(_database)]
+StoreDep = Annotated[Store, Depends(_store)]
+DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
+HubDep = Annotated[Hub, Depends(_hub)]
+InspectorDep = Annotated[Inspector, Depends(_inspector)]
+
+
+def _caller(
+    database: DatabaseDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Caller:
+    if credentials is None:
+        raise Unauthorized(
+            "This needs an API key: send the header `Authorization: Bearer KEY`.", code="no_api_key"
+        )
+    with database.read() as session:
+        key = find_key(session, credentials.credentials)
+        return Caller(key.name, key.admin, key.id)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+# An id that can't be one is as absent as one that names nothing.
+async def _job_id(job_id: Annotated[str, Path(description="`ftjob-…`")]) -> str:
+    if not JOB_ID.fullmatch(job_id):
+        raise NotFound("No such job.", param="id", code="job_not_found")
+    return job_id
+
+
+async def _dataset_id(dataset_id: Annotated[str, Path(description="`file-…`")]) -> str:
+    if not DATASET_ID.fullmatch(dataset_id):
+        raise NotFound("No such dataset.", param="id", code="dataset_not_found")
+    return dataset_id
+
+
+JobId = Annotated[str, Depends(_job_id)]
+DatasetId = Annotated[str, Depends(_dataset_id)]
+
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items of one page.")]
+
+
+async def _job_page(
+    after: Annotated[
+        str | None, Query(pattern=f"^{JOB_ID.pattern}$", description="Id of the last job of the page before.")
+    ] = None,
+    limit: Limit = 20,
+) -> Page:
+    return Page(after, limit)
+
+
+async def _dataset_page(
+    after: Annotated[
+        str | None,
+        Query(pattern=f"^{DATASET_ID.pattern}$", description="Id of the last dataset of the page before."),
+    ] = None,
+    limit: Limit = 20,
+) -> Page:
+    return Page(after, limit)
+
+
+JobPage = Annotated[Page, Depends(_job_page)]
+DatasetPage = Annotated[Page, Depends(_dataset_page)]
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Refuse query parameters that the route does not know: a typo must not read as "no filter".
+
+    Raises:
+        InvalidRequest: names the parameter and those that there are.
+    """
+    route = request.scope.get("route")
+    if not request.query_params or not isinstance(route, APIRoute):
+        return
+    known = {p.alias for p in get_flat_params(route.dependant) if isinstance(p.field_info, QueryInfo)}
+    known |= {p["name"] for p in (route.openapi_extra or {}).get("parameters", [])}
+    for name in request.query_params:
+        # `metadata[team]` is a key of the parameter `metadata`.
+        if name.partition("[")[0] not in known:
+            raise InvalidRequest(
+                f"There is no query parameter {name[:100]!r} here.",
+                param=name[:100],
+                code="unknown_parameter",
+            )

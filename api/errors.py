@@ -1,0 +1,178 @@
+"""One shape for every error, and one place that renders it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from shared.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+    RangeNotSatisfiable,
+    TuneyardError,
+    Unauthorized,
+    Unavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_TOLD = 5
+MAX_PARAM = 100
+# Where FastAPI found the value: no part of the field's name.
+PLACES = frozenset({"body", "query", "path", "header", "cookie"})
+# pydantic names the member of a tagged union in the location; the field that the user wrote has no such part.
+UNION_TAGS = frozenset({("dataset", "hub"), ("dataset", "file")})
+
+CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "union_tag_not_found": "missing_field",
+    "int_from_float": "invalid_type",
+    "int_parsing": "invalid_type",
+    "float_parsing": "invalid_type",
+    "bool_parsing": "invalid_type",
+    "dict_type": "invalid_type",
+    "greater_than": "out_of_range",
+    "greater_than_equal": "out_of_range",
+    "less_than": "out_of_range",
+    "less_than_equal": "out_of_range",
+    "finite_number": "out_of_range",
+    "int_parsing_size": "out_of_range",
+    "too_long": "out_of_range",
+    "too_short": "out_of_range",
+    "string_too_long": "out_of_range",
+    "string_too_short": "out_of_range",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Let this application answer every error in the contract's shape."""
+    app.add_exception_handler(TuneyardError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid_parameters)
+    app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(OperationalError, _database_away)
+    app.add_exception_handler(PoolTimeout, _database_away)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def render(error: TuneyardError, headers: Mapping[str, str] | None = None) -> Response:
+    """The error as a response."""
+    told = dict(headers or {})
+    if isinstance(error, Unauthorized):
+        told["www-authenticate"] = 'Bearer realm="tuneyard"'
+    if isinstance(error, RangeNotSatisfiable):
+        told["content-range"] = f"bytes */{error.size}"
+    # ASCII with escapes: a message may quote characters that no encoding takes.
+    body = json.dumps(error.body())
+    return Response(body, error.status, told, media_type="application/json")
+
+
+def invalid_spec(error: ValidationError) -> TuneyardError:
+    """What is wrong with a JSON document, from pydantic's findings."""
+    return _from_findings(error.errors(include_url=False, include_input=False))
+
+
+def _from_findings(findings: Sequence[Mapping[str, Any]]) -> TuneyardError:
+    first = findings[0]
+    if first["type"] == "json_invalid":
+        return MalformedRequest(f"The body is not valid JSON: {first['ctx']['error']}.")
+    sentences = [_sentence(finding) for finding in findings[:MAX_TOLD]]
+    if len(findings) > MAX_TOLD:
+        sentences.append(f"And {len(findings) - MAX_TOLD} more.")
+    return InvalidRequest(" ".join(sentences), param=_param(first), code=_code(first["type"]))
+
+
+def _code(kind: str) -> str:
+    return CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
+
+
+def _param(finding: Mapping[str, Any]) -> str | None:
+    parts = [part for part in finding["loc"] if part != "[key]"]
+    if parts and parts[0] in PLACES and len(parts) > 1:
+        parts = parts[1:]
+    if tuple(parts[:2]) in UNION_TAGS:
+        parts = parts[:1] + parts[2:]
+    if finding["type"].startswith("union_tag"):
+        parts.append(str(finding["ctx"]["discriminator"]).strip("'"))
+    return ".".join(str(part) for part in parts)[:MAX_PARAM] or None
+
+
+def _sentence(finding: Mapping[str, Any]) -> str:
+    kind, name, context = finding["type"], _param(finding), finding.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return f"There is no field {name}."
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{name} is missing."
+    if kind == "none_required":
+        return f"{name} can't be set in this version: leave it out."
+    if kind == "union_tag_invalid":
+        return f"{name} must be one of {context['expected_tags']}."
+    if kind in ("too_long", "string_too_long"):
+        length = context.get("actual_length", "more")
+        return f"{name} is too long: {length}, where {context['max_length']} is the most."
+    if kind in ("too_short", "string_too_short"):
+        return f"{name} is too short: at least {context['min_length']} is needed."
+    message = str(finding["msg"])
+    if message.startswith("Input "):
+        return f"{name or 'The body'} {message.removeprefix('Input ')}."
+    if message.startswith("Value error, "):
+        return f"{name or ''} {message.removeprefix('Value error, ')}.".lstrip()
+    return f"{name or 'The body'}: {message}."
+
+
+def _known(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, TuneyardError):
+        raise error
+    return render(error)
+
+
+def _invalid_parameters(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    return render(_from_findings(error.errors()))
+
+
+def _routing(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    if error.status_code == MethodNotAllowed.status:
+        known: TuneyardError = MethodNotAllowed(f"{request.method} is not possible here.")
+    elif error.status_code == NotFound.status:
+        known = NotFound("There is nothing here. /docs lists what there is.", code="unknown_route")
+    else:
+        known = MalformedRequest(str(error.detail), code="malformed_request")
+    return render(known, error.headers)
+
+
+def _gone(_request: Request, _error: Exception) -> Response:
+    # Nobody is there to read it.
+    return render(MalformedRequest("The request broke off.", code="malformed_request"))
+
+
+def _database_away(_request: Request, error: Exception) -> Response:
+    logger.error("The database did not answer: %s", error)
+    return render(Unavailable("The database does not answer at the moment: try again."), {"retry-after": "2"})
+
+
+def _unexpected(request: Request, _error: Exception) -> Response:
+    # Starlette raises the exception again after this answer, so that the server logs its traceback.
+    request_id = request.scope.get("tuneyard.request_id", "unknown")
+    logger.error("Request %s failed: %s %s", request_id, request.method, request.url.path)
+    error = TuneyardError(
+        f"Something went wrong on the server. Its log tells more about request {request_id}."
+    )
+    return render(error, {"x-request-id": request_id})

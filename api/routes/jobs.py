@@ -1,0 +1,120 @@
+"""Jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from api.dependencies import CallerDep, DatabaseDep, DoorbellDep, JobId, JobPage, SettingsDep, StoreDep
+from api.schemas import EstimateOut, JobOut, ListOut
+from api.services import jobs
+from api.services.jobs import Filters, Submission
+from shared.lifecycle import JobStatus
+from shared.spec import SPEC_EXAMPLE
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+# The body is parsed strictly by the spec itself, so no parameter declares it.
+SPEC_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/JobSpec"},
+                "examples": {
+                    "bundled": {"summary": "A short job on the bundled model", "value": SPEC_EXAMPLE},
+                    "defaults": {"summary": "The defaults are a complete job", "value": {}},
+                },
+            }
+        },
+    }
+}
+METADATA_FILTER: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "style": "deepObject",
+            "explode": True,
+            "description": "Jobs whose metadata has these values: `metadata[team]=search`.",
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="The same key with the same body gives the same job again, for 24 hours.",
+    ),
+]
+
+
+async def _submission(request: Request) -> Submission:
+    return jobs.parse_submission(await request.body())
+
+
+async def _filters(
+    request: Request,
+    status: Annotated[JobStatus | None, Query()] = None,
+    model: Annotated[str | None, Query(max_length=200)] = None,  # noqa: ARG001 - declared for the docs
+) -> Filters:
+    return jobs.parse_filters(status, request.query_params)
+
+
+SubmissionDep = Annotated[Submission, Depends(_submission)]
+FiltersDep = Annotated[Filters, Depends(_filters)]
+
+
+@router.post("", status_code=201, openapi_extra=SPEC_BODY)
+def create_job(
+    database: DatabaseDep,
+    doorbell: DoorbellDep,
+    settings: SettingsDep,
+    caller: CallerDep,
+    submission: SubmissionDep,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> JobOut:
+    """Queue a fine-tuning job. `{}` is a complete spec."""
+    job = jobs.create(database, doorbell, settings, caller, submission, idempotency_key)
+    response.headers["location"] = f"/jobs/{job.id}"
+    return job
+
+
+@router.post("/estimate", openapi_extra=SPEC_BODY)
+def estimate_job(
+    database: DatabaseDep, settings: SettingsDep, caller: CallerDep, submission: SubmissionDep
+) -> EstimateOut:
+    """What a job would take, without queueing it; null where it can't be known before it runs."""
+    return jobs.estimate_job(database, settings, caller, submission)
+
+
+@router.get("", openapi_extra=METADATA_FILTER)
+def list_jobs(
+    database: DatabaseDep, caller: CallerDep, page: JobPage, filters: FiltersDep
+) -> ListOut[JobOut]:
+    """Your jobs, newest first; an admin's: everybody's."""
+    return jobs.list_page(database, caller, page, filters)
+
+
+@router.get("/{job_id}")
+def get_job(database: DatabaseDep, caller: CallerDep, job_id: JobId) -> JobOut:
+    """A job with its spec (all defaults written out), progress and artifacts."""
+    return jobs.get(database, caller, job_id)
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, job_id: JobId) -> JobOut:
+    """Cancel a job: a queued one at once, a running one at its next step. Doing it again changes nothing."""
+    return jobs.cancel(database, doorbell, caller, job_id)
+
+
+@router.delete("/{job_id}", status_code=204)
+def delete_job(database: DatabaseDep, store: StoreDep, caller: CallerDep, job_id: JobId) -> None:
+    """Delete a finished job with its log and files."""
+    jobs.delete(database, store, caller, job_id)

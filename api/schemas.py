@@ -1,0 +1,248 @@
+"""The shapes of answers, as the contract has them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, Field, PlainSerializer
+
+from shared.clock import isoformat
+from shared.lifecycle import FailureCode, JobStatus, Phase
+from shared.tables import ArtifactRow, CheckpointRow, DatasetRow, Job
+
+Time = Annotated[
+    datetime,
+    PlainSerializer(isoformat, return_type=str, when_used="json"),
+    Field(examples=["2026-01-31T12:00:00.000Z"]),
+]
+Item = TypeVar("Item")
+
+
+class ErrorDetail(BaseModel):
+    code: str
+    message: str
+    param: str | None = Field(description="Dotted name of the field at fault, such as `lora.r`.")
+    type: str
+
+
+class ErrorOut(BaseModel):
+    """Every error has this shape."""
+
+    error: ErrorDetail
+
+
+class ListOut(BaseModel, Generic[Item]):
+    """One page. `next` is what to give as `after` for the page that follows; null on the last one."""
+
+    data: list[Item]
+    has_more: bool = False
+    next: str | None = None
+
+
+class ArtifactOut(BaseModel):
+    """A complete file; `kind` is the export string, or manifest, metrics or modelfile."""
+
+    name: str
+    kind: str
+    bytes: int
+    sha256: str
+    created_at: Time
+    url: str = Field(description="Path of the download on this server.")
+
+    @classmethod
+    def of(cls, row: ArtifactRow) -> ArtifactOut:
+        return cls(
+            name=row.name,
+            kind=row.kind,
+            bytes=row.bytes,
+            sha256=row.sha256,
+            created_at=row.created_at,
+            url=f"/jobs/{row.job_id}/artifacts/{quote(row.name, safe='')}",
+        )
+
+
+class ProgressOut(BaseModel):
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+
+
+class FailureOut(BaseModel):
+    code: FailureCode
+    message: str
+    advice: str
+
+
+class JobOut(BaseModel):
+    """A job. `spec` shows every default; `plan` is null until it is known what the job will run on."""
+
+    id: str = Field(examples=["ftjob-0123456789abcdefghijklmn"])
+    status: JobStatus
+    phase: Phase | None
+    owner: str
+    spec: dict[str, Any]
+    plan: dict[str, Any] | None
+    plan_history: list[dict[str, Any]]
+    data_report: dict[str, Any] | None
+    progress: ProgressOut | None
+    attempt: int
+    failure: FailureOut | None
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+    artifacts: list[ArtifactOut]
+
+    @classmethod
+    def of(cls, job: Job, artifacts: list[ArtifactRow]) -> JobOut:
+        return cls(
+            id=job.id,
+            status=JobStatus(job.status),
+            phase=Phase(job.phase) if job.phase else None,
+            owner=job.owner,
+            spec=job.spec,
+            plan=job.plan,
+            plan_history=job.plan_history,
+            data_report=job.data_report,
+            progress=ProgressOut(**job.progress) if job.progress else None,
+            attempt=job.attempt,
+            failure=FailureOut(**job.failure) if job.failure else None,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+            artifacts=[ArtifactOut.of(row) for row in artifacts],
+        )
+
+
+class EstimateOut(BaseModel):
+    """What a job would take; null where it can't be known before it runs."""
+
+    plan: dict[str, Any] | None
+    alternatives: list[dict[str, Any]]
+    tokens: int | None = Field(description="Tokens of one epoch.")
+    steps: int | None = Field(description="Optimiser steps of the whole job.")
+    seconds: float | None
+    peak_memory_bytes: int | None
+    disk_bytes: int | None
+
+
+class EntryOut(BaseModel):
+    """A log entry. `seq` counts from 1 without gaps."""
+
+    seq: int
+    time: Time
+    level: Literal["debug", "info", "warning", "error"]
+    type: Literal["message", "metrics", "phase"]
+    message: str
+    data: dict[str, Any] | None
+
+
+class LogOut(BaseModel):
+    """Part of a log, oldest first. `next` is what to give as `after` the next time."""
+
+    data: list[EntryOut]
+    next: int
+    first_seq: int = Field(description="The oldest entry that is kept.")
+    has_more: bool = Field(description="Whether there are more entries right now.")
+    status: JobStatus
+
+
+class MetricsOut(BaseModel):
+    """One row a step, oldest first: step and any of epoch, loss, learning_rate, grad_norm, …"""
+
+    data: list[dict[str, Any]]
+
+
+class CheckpointOut(BaseModel):
+    step: int
+    created_at: Time
+    bytes: int
+    metrics: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: CheckpointRow) -> CheckpointOut:
+        return cls(step=row.step, created_at=row.created_at, bytes=row.bytes, metrics=row.metrics)
+
+
+class DatasetOut(BaseModel):
+    """An uploaded file. `report` says what was found in it, `error` why it can't be used."""
+
+    id: str = Field(examples=["file-0123456789abcdefghijklmn"])
+    filename: str
+    bytes: int
+    sha256: str
+    status: Literal["uploaded", "processed", "error"]
+    format: str
+    report: dict[str, Any] | None
+    error: str | None
+    created_at: Time
+
+    @classmethod
+    def of(cls, row: DatasetRow) -> DatasetOut:
+        return cls.model_validate(row, from_attributes=True)
+
+
+class ModelOut(BaseModel):
+    """A model on this machine; null where only loading it would tell."""
+
+    id: str
+    source: Literal["bundled", "local", "hub"]
+    context_length: int | None
+    parameters: int | None
+    modules: list[str] | None
+
+
+class SlotOut(BaseModel):
+    kind: Literal["cpu", "cuda"]
+    index: int
+    name: str
+    memory_bytes: int
+
+
+class GpuOut(SlotOut):
+    worker: str
+
+
+class WorkerOut(BaseModel):
+    """A supervisor that has lately been alive, and those of its jobs that the caller may see."""
+
+    id: str
+    hostname: str
+    slots: list[SlotOut]
+    jobs: list[str]
+    started_at: Time
+    seen_at: Time
+
+
+class QueueOut(BaseModel):
+    """The caller's own jobs; an admin's: everybody's."""
+
+    queued: int
+    running: int
+    oldest_queued_at: Time | None
+
+
+class SystemOut(BaseModel):
+    version: str
+    gpus: list[GpuOut]
+    workers: list[WorkerOut]
+    queue: QueueOut
+    redis: bool = Field(description="Without Redis everything works, a little later.")
+    free_bytes: int | None = Field(description="Free space of the artifact store, where it has a limit.")
+
+
+class HealthOut(BaseModel):
+    status: Literal["ok"]
+
+
+class ReadyOut(BaseModel):
+    """Ready to take jobs. Redis being away is told and no reason not to be: jobs are still accepted."""
+
+    status: Literal["ready"]
+    database: bool
+    store: bool
+    redis: bool

@@ -1,0 +1,270 @@
+"""Jobs: accept, find, cancel, delete, estimate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from api.context import Caller
+from api.errors import invalid_spec
+from api.schemas import CheckpointOut, EstimateOut, JobOut, ListOut
+from shared.clock import utcnow
+from shared.database import Database, Session
+from shared.errors import InvalidRequest, NotFound, QuotaExceeded, StateConflict
+from shared.events import Entry
+from shared.ids import new_job_id
+from shared.lifecycle import JobStatus
+from shared.models import ModelInfo, find_model
+from shared.planner import devices_of, estimate, make_plan
+from shared.policy import check_spec
+from shared.queue import Doorbell
+from shared.repository import files, jobs, keys, logs
+from shared.repository.jobs import Page
+from shared.settings import Settings
+from shared.spec import CONTROL_CHARACTERS, FileDataset, JobSpec
+from shared.storage import Store
+from shared.tables import DatasetRow, Job
+
+PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A spec as it was sent; `digest` tells whether two bodies say the same, however they are written."""
+
+    spec: JobSpec
+    digest: str
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which jobs to list; None and empty for all."""
+
+    status: JobStatus | None
+    model: str | None
+    metadata: Mapping[str, str]
+
+
+def parse_submission(body: bytes) -> Submission:
+    """The spec in a request's body, strictly read.
+
+    Raises:
+        MalformedRequest: the body is not JSON.
+        InvalidRequest: names the first field that is wrong, and tells of the others.
+    """
+    try:
+        spec = JobSpec.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+    canonical = json.dumps(from_json(body), sort_keys=True, separators=(",", ":"))
+    return Submission(spec, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters:
+    """Filters from the query: `model=…` and any number of `metadata[key]=value`.
+
+    Raises:
+        InvalidRequest: a parameter that can't match anything.
+    """
+    metadata = {}
+    for name, value in query.items():
+        if CONTROL_CHARACTERS.search(name) or CONTROL_CHARACTERS.search(value):
+            raise InvalidRequest("Query parameters hold no control characters.", param=name[:64].strip("\0"))
+        if name.startswith("metadata"):
+            found = METADATA_FILTER.fullmatch(name)
+            if found is None:
+                raise InvalidRequest("Filter by metadata as in `metadata[team]=search`.", param="metadata")
+            metadata[found.group(1)] = value
+    return Filters(status, query.get("model"), metadata)
+
+
+def create(
+    database: Database,
+    doorbell: Doorbell,
+    settings: Settings,
+    caller: Caller,
+    submission: Submission,
+    idempotency_key: str | None,
+) -> JobOut:
+    """Queue a job, or give again the one that this idempotency key made.
+
+    Raises:
+        InvalidRequest: the job is known to be impossible or not allowed here.
+        StateConflict: the idempotency key made another job from another body.
+        QuotaExceeded: the owner has as many queued jobs as this server lets one have.
+    """
+    spec = submission.spec
+    check_spec(spec, settings, find_model(settings, spec.model), admin=caller.admin)
+    with database.write() as session:
+        jobs.lock_owner(session, caller.name)
+        if idempotency_key is not None:
+            earlier = _made_before(session, caller, idempotency_key, submission.digest)
+            if earlier is not None:
+                return _job_out(session, earlier)
+        if isinstance(spec.dataset, FileDataset):
+            _usable_dataset(session, caller, spec.dataset)
+        if jobs.count_queued(session, caller.name) >= settings.max_queued_jobs:
+            raise QuotaExceeded(
+                f"You have {settings.max_queued_jobs} queued jobs, which is this server's limit for one "
+                "owner. Cancel one or wait until one starts."
+            )
+        job = Job(
+            id=new_job_id(),
+            owner=caller.name,
+            status=JobStatus.QUEUED,
+            model=spec.model,
+            priority=PRIORITIES[spec.priority],
+            spec=spec.to_json(),
+            user_metadata=spec.metadata,
+        )
+        jobs.add_job(session, job, Entry("Accepted. Waiting for a worker."))
+        if idempotency_key is not None:
+            jobs.put_idempotent(session, caller.name, idempotency_key, submission.digest, job.id)
+        created = JobOut.of(job, [])
+    # After the commit: a supervisor that comes at once must find the job.
+    doorbell.ring(job.id)
+    return created
+
+
+def estimate_job(
+    database: Database, settings: Settings, caller: Caller, submission: Submission
+) -> EstimateOut:
+    """What the job would take on the workers that are on line; nothing is stored.
+
+    Raises:
+        InvalidRequest: the job is known to be impossible or not allowed here.
+    """
+    spec = submission.spec
+    model: ModelInfo = find_model(settings, spec.model)
+    check_spec(spec, settings, model, admin=caller.admin)
+    with database.read() as session:
+        report = None
+        if isinstance(spec.dataset, FileDataset):
+            report = _usable_dataset(session, caller, spec.dataset).report
+        since = utcnow() - timedelta(seconds=settings.lease_seconds)
+        plan = make_plan(spec, devices_of(keys.live_workers(session, since)))
+    return EstimateOut.model_validate(estimate(spec, model, report, plan))
+
+
+def list_page(database: Database, caller: Caller, page: Page, filters: Filters) -> ListOut[JobOut]:
+    """One page of the jobs that the caller may see, newest first.
+
+    Raises:
+        InvalidRequest: `after` names no job that the caller may see.
+    """
+    with database.read() as session:
+        rows, more = jobs.list_jobs(
+            session,
+            caller.scope,
+            page,
+            status=filters.status,
+            model=filters.model,
+            metadata=filters.metadata,
+        )
+        artifacts = files.artifacts_of(session, [row.id for row in rows])
+    data = [JobOut.of(row, artifacts[row.id]) for row in rows]
+    return ListOut(data=data, has_more=more, next=data[-1].id if more else None)
+
+
+def get(database: Database, caller: Caller, job_id: str) -> JobOut:
+    """
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    with database.read() as session:
+        return _job_out(session, jobs.get_job(session, job_id, caller.scope))
+
+
+def cancel(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) -> JobOut:
+    """Cancel a job, or ask its worker to; once more changes nothing.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job succeeded or failed before.
+    """
+    with database.write() as session:
+        answer = _job_out(session, jobs.request_cancel(session, job_id, caller.scope))
+    doorbell.ring(job_id)
+    doorbell.tell(job_id)
+    return answer
+
+
+def delete(database: Database, store: Store, caller: Caller, job_id: str) -> None:
+    """Delete a finished job: its rows, then its files.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has not ended.
+    """
+    with database.write() as session:
+        jobs.delete_job(session, job_id, caller.scope)
+    store.delete_tree(f"jobs/{job_id}")
+
+
+def read_metrics(database: Database, caller: Caller, job_id: str) -> list[dict[str, object]]:
+    """One row a step, oldest first.
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    with database.read() as session:
+        logs.log_state(session, job_id, caller.scope)
+        return logs.read_metrics(session, job_id)
+
+
+def list_checkpoints(database: Database, caller: Caller, job_id: str) -> ListOut[CheckpointOut]:
+    """
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    with database.read() as session:
+        logs.log_state(session, job_id, caller.scope)
+        rows = logs.read_checkpoints(session, job_id)
+    return ListOut(data=[CheckpointOut.of(row) for row in rows])
+
+
+def _job_out(session: Session, job: Job) -> JobOut:
+    return JobOut.of(job, files.list_artifacts(session, job.id))
+
+
+def _made_before(session: Session, caller: Caller, key: str, digest: str) -> Job | None:
+    earlier = jobs.find_idempotent(session, caller.name, key)
+    if earlier is None:
+        return None
+    if earlier.body_hash != digest:
+        raise StateConflict(
+            "This Idempotency-Key was used with another body in the last 24 hours: use a new key.",
+            param="Idempotency-Key",
+            code="idempotency_conflict",
+        )
+    return jobs.get_job(session, earlier.job_id, caller.name)
+
+
+def _usable_dataset(session: Session, caller: Caller, dataset: FileDataset) -> DatasetRow:
+    """The uploaded file that a spec names, if it can be trained on as far as is known.
+
+    Locked in a transaction that writes, so that it can't be deleted before the job is there.
+    """
+    try:
+        row = files.get_dataset(session, dataset.file_id, caller.scope, lock=True)
+    except NotFound as error:
+        raise InvalidRequest(
+            f"There is no dataset {dataset.file_id}: upload the file with POST /datasets first.",
+            param="dataset.file_id",
+            code="dataset_not_found",
+        ) from error
+    if row.status == "error":
+        raise InvalidRequest(
+            f"The dataset {row.id} can't be used: {row.error}",
+            param="dataset.file_id",
+            code="dataset_unusable",
+        )
+    return row

@@ -1,0 +1,166 @@
+"""Downloads over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.conftest import SPEC, Api, Live, error_of, publish
+from tests.conftest import wait_for
+
+pytestmark = pytest.mark.anyio
+
+CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+async def url(api: Api, tmp_path: Path) -> str:
+    """The address of a complete file with CONTENT."""
+    job_id = await api.create()
+    api.publish(job_id, "adapter.tar", CONTENT, tmp_path)
+    return f"/jobs/{job_id}/artifacts/adapter.tar"
+
+
+async def test_a_file_is_listed_and_downloaded(api: Api, url: str) -> None:
+    listed = (await api.ann.get(url.removesuffix("/adapter.tar"))).json()["data"]
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert listed[0].pop("created_at").endswith("Z")
+    assert listed == [
+        {"name": "adapter.tar", "kind": "adapter", "bytes": len(CONTENT), "sha256": digest, "url": url}
+    ]
+    assert (await api.ann.get(url.partition("/artifacts")[0])).json()["artifacts"][0]["url"] == url
+    answer = await api.ann.get(url)
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+    headers = answer.headers
+    assert headers["etag"] == f'"{digest}"'
+    assert headers["content-disposition"] == 'attachment; filename="adapter.tar"'
+    assert headers["accept-ranges"] == "bytes"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-length"] == str(len(CONTENT))
+
+
+async def test_head_tells_the_same_without_the_file(api: Api, url: str) -> None:
+    head, get = await api.ann.head(url), await api.ann.get(url)
+    assert (head.status_code, head.content) == (200, b"")
+    same = ("etag", "content-length", "content-type", "accept-ranges", "content-disposition")
+    assert [head.headers[name] for name in same] == [get.headers[name] for name in same]
+    assert (await api.bob.head(url)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "end"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=0-", 0, len(CONTENT)),
+        ("bytes=100-199", 100, 200),
+        ("bytes=1023999-", 1023999, len(CONTENT)),
+        ("bytes=1023990-99999999", 1023990, len(CONTENT)),
+        ("bytes=-10", len(CONTENT) - 10, len(CONTENT)),
+        ("bytes=-99999999", 0, len(CONTENT)),
+        ("Bytes= 5 - 9 ", 5, 10),
+    ],
+)
+async def test_parts(api: Api, url: str, asked: str, start: int, end: int) -> None:
+    answer = await api.ann.get(url, headers={"Range": asked})
+    assert answer.status_code == 206
+    assert answer.content == CONTENT[start:end]
+    assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
+    assert answer.headers["content-length"] == str(end - start)
+
+
+@pytest.mark.parametrize(
+    "asked", ["bytes=1024000-", "bytes=1024000-1024001", "bytes=-0", "bytes=9999999999999999999-"]
+)
+async def test_parts_beyond_the_end(api: Api, url: str, asked: str) -> None:
+    answer = await api.ann.get(url, headers={"Range": asked})
+    assert error_of(answer, 416)["code"] == "range_not_satisfiable"
+    assert answer.headers["content-range"] == f"bytes */{len(CONTENT)}"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["bytes=0-1,5-6", "bytes=5-1", "bytes=-", "bytes=a-b", "items=0-1", "", "bytes=" + "9" * 100 + "-"],
+)
+async def test_ranges_that_are_answered_with_the_whole_file(api: Api, url: str, asked: str) -> None:
+    answer = await api.ann.get(url, headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
+async def test_conditions(api: Api, url: str) -> None:
+    etag = (await api.ann.head(url)).headers["etag"]
+    for tags in (etag, f'"other", {etag}', f"W/{etag}", "*"):
+        answer = await api.ann.get(url, headers={"If-None-Match": tags})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag)
+    assert (await api.ann.get(url, headers={"If-None-Match": '"other"'})).status_code == 200
+    part = {"Range": "bytes=0-9"}
+    assert (await api.ann.get(url, headers=part | {"If-Range": etag})).status_code == 206
+    for other in ('"other"', "Wed, 21 Oct 2015 07:28:00 GMT", f"W/{etag}"):
+        assert (await api.ann.get(url, headers=part | {"If-Range": other})).content == CONTENT
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["absent.tar", "..", "%2e%2e", "..%2fadapter.tar", "%2fetc%2fpasswd", "%00", "adapter.tar%00", ".",
+     "a%5cb", "adapter.tar/", "ADAPTER.TAR", "x" * 3000, "%ff", "adapter.tar%0a"],
+)  # fmt: skip
+async def test_names_that_are_none(api: Api, url: str, name: str) -> None:
+    folder = url.removesuffix("adapter.tar")
+    answer = await api.ann.get(httpx.URL(f"http://localhost{folder}{name}"))
+    # httpx resolves `..` and `.` itself: then a list answers, and never a file.
+    assert answer.status_code in (200, 307, 404)
+    assert "content-disposition" not in answer.headers
+
+
+async def test_an_unfinished_file_is_absent(api: Api, url: str) -> None:
+    job_id = url.split("/")[2]
+    error = error_of(await api.ann.get(f"/jobs/{job_id}/artifacts/merged_16bit.tar"), 404)
+    assert error["code"] == "artifact_not_found"
+    assert "adapter.tar" in error["message"]
+
+
+async def test_a_file_that_the_store_lost(api: Api, url: str) -> None:
+    job_id = url.split("/")[2]
+    api.context.store.delete_tree(f"jobs/{job_id}")
+    error_of(await api.ann.get(url), 404)
+
+
+def _open_files(name: str) -> int:
+    """How often this process has a file of this name open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found += name in str(link.readlink())
+    return found
+
+
+def test_a_client_that_goes_in_the_middle(live: Live, tmp_path: Path) -> None:
+    with live.client() as client:
+        job_id = client.post("/jobs", json=SPEC).json()["id"]
+        publish(live.context, job_id, "merged_16bit.tar", bytes(64 << 20), tmp_path)
+        with client.stream("GET", f"/jobs/{job_id}/artifacts/merged_16bit.tar") as answer:
+            next(answer.iter_raw())
+            assert _open_files("merged_16bit.tar") == 1
+        wait_for(lambda: _open_files("merged_16bit.tar") == 0)
+
+
+def test_raw_paths_reach_no_file(live: Live) -> None:
+    for path in (
+        "/jobs/../../etc/passwd",
+        "/jobs/ftjob-000000000000000000000000/artifacts/../../../tuneyard.db",
+        "/jobs/ftjob-000000000000000000000000/artifacts/..%2f..%2ftuneyard.db",
+        "/jobs/ftjob-000000000000000000000000/artifacts/%00",
+        "//etc/passwd",
+        "/jobs/%2e%2e/artifacts/%2e%2e",
+    ):
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Authorization: Bearer {live.key}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+            connection.sendall(request.encode())
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 404")

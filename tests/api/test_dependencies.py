@@ -1,0 +1,55 @@
+"""API keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.repository import keys
+from tests.api.conftest import Api, error_of
+
+pytestmark = pytest.mark.anyio
+
+PROTECTED = (
+    "/jobs", "/jobs/ftjob-000000000000000000000000", "/jobs/ftjob-000000000000000000000000/logs",
+    "/jobs/x/artifacts", "/jobs/x/artifacts/y", "/jobs/x/metrics", "/jobs/x/checkpoints", "/datasets",
+    "/datasets/x", "/models", "/system", "/metrics",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PROTECTED)
+async def test_everything_but_health_needs_a_key(api: Api, path: str) -> None:
+    answer = await api.nobody.get(path)
+    assert error_of(answer, 401)["type"] == "authentication_error"
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_posts_need_a_key_before_their_body_is_read(api: Api) -> None:
+    assert (await api.nobody.post("/jobs", content=b"{")).status_code == 401
+    assert (await api.nobody.post("/jobs/estimate", json={})).status_code == 401
+    assert (await api.nobody.post("/datasets", files={"file": b"x"})).status_code == 401
+    assert (await api.nobody.delete("/jobs/x")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Bearer", "Bearer ", "Bearer wrong", "Basic YTpi", "bearer ty-0000", "Bearer \xe9", "Bearer a b"],
+)
+async def test_keys_that_are_none(api: Api, header: str) -> None:
+    answer = await api.nobody.get("/jobs", headers={b"Authorization": header.encode("latin-1")})
+    error_of(answer, 401)
+
+
+async def test_health_needs_no_key(api: Api) -> None:
+    assert (await api.nobody.get("/healthz")).json() == {"status": "ok"}
+    assert (await api.nobody.get("/readyz")).status_code == 200
+
+
+async def test_a_revoked_key_opens_nothing(api: Api) -> None:
+    assert (await api.ann.get("/jobs")).status_code == 200
+    with api.database.write() as session:
+        ann = next(key for key in keys.list_keys(session) if key.name == "ann")
+        assert ann.id is not None
+        keys.revoke_key(session, ann.id)
+    error = error_of(await api.ann.get("/jobs"), 401)
+    assert "revoked" in error["message"]
+    assert (await api.bob.get("/jobs")).status_code == 200
