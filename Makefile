@@ -24,7 +24,7 @@ serve: install
 	$(BIN)/tuneyard serve
 
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
