@@ -1,0 +1,39 @@
+"""Packing puts every document into exactly one row, and wastes little."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.training.packing import arranged, best_fit
+
+
+@given(st.lists(st.integers(1, 64), max_size=200))
+def test_every_document_is_in_one_row_that_it_fits(lengths: list[int]) -> None:
+    rows = best_fit(lengths, 64)
+    assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[document] for document in row) <= 64 for row in rows)
+    # Best fit decreasing never needs more than 11/9 of the fewest rows, plus one.
+    assert len(rows) <= -(-sum(lengths) // 64) * 11 / 9 + 1 + sum(length > 32 for length in lengths)
+
+
+def test_the_fullest_row_with_room_is_taken() -> None:
+    assert best_fit([6, 5, 4, 4, 1], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([], 10) == []
+
+
+def test_real_lengths_fill_the_rows() -> None:
+    chance = np.random.default_rng(0)
+    lengths = chance.lognormal(6, 0.6, 20_000).astype(int).clip(1, 4096)
+    rows = best_fit(lengths, 4096)
+    assert lengths.sum() / (len(rows) * 4096) > 0.995
+
+
+def test_the_longest_rows_lead_and_the_rest_is_shuffled_by_seed() -> None:
+    lengths = list(range(1, 101))
+    rows = [[number] for number in range(100)]
+    found = arranged(rows, lengths, 3, seed=1)
+    assert found[:3] == [[99], [98], [97]]
+    assert sorted(found) == rows
+    assert found == arranged(rows, lengths, 3, seed=1) != arranged(rows, lengths, 3, seed=2)

@@ -1,0 +1,107 @@
+"""Prepared data by content: made once, shared between jobs, the least recently used given up first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from shared.events import Control
+
+DEFAULT_BYTES = 50 * 2**30
+LOCK_POLL_SECONDS = 0.5
+# What a killed job left half made is swept once it is this old.
+STALE_SECONDS = 24 * 3600
+_CODE = ("shared/data", "worker/training")
+_CODE_FILES = ("data*.py", "documents.py", "packing.py", "templates.py", "tokenize.py", "hub_data.py")
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """A name for data that depends on nothing but these parts and the code that prepares it."""
+    text = json.dumps({**parts, "code": code_version()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+@memoize
+def code_version() -> str:
+    """Hash of the source files that take part in preparing data."""
+    root = Path(__file__).resolve().parents[2]
+    files = [*(root / _CODE[0]).glob("*.py")]
+    files += [file for pattern in _CODE_FILES for file in (root / _CODE[1]).glob(pattern)]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def cached(
+    root: Path, key: str, make: Callable[[Path], None], control: Control, limit: int = DEFAULT_BYTES
+) -> tuple[Path, bool]:
+    """The folder of that key, filled by `make` if it isn't there yet.
+
+    Made aside and renamed, under a lock: a folder that is there is complete, and two jobs that want the same
+    one make it once. Folders over `limit` bytes in all are given up, the least recently used first; a job
+    that has their files mapped keeps them.
+
+    Returns:
+        the folder, and whether it was there already.
+
+    Raises:
+        JobStopped: while waiting for another job to make it. Whatever `make` raises; nothing is left of it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / key
+    lock = filelock.FileLock(root / f"{key}.lock")
+    while True:
+        control.check()
+        try:
+            with lock.acquire(timeout=LOCK_POLL_SECONDS):
+                return _found_or_made(root, folder, make, limit)
+        except filelock.Timeout:
+            continue
+
+
+def _found_or_made(root: Path, folder: Path, make: Callable[[Path], None], limit: int) -> tuple[Path, bool]:
+    if folder.is_dir():
+        os.utime(folder)
+        return folder, True
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
+    try:
+        make(aside)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _evict(root, folder, limit)
+    return folder, False
+
+
+def _evict(root: Path, keep: Path, limit: int) -> None:
+    with filelock.FileLock(root / "evict.lock"):
+        now = time.time()
+        folders: list[tuple[float, Path, int]] = []
+        for folder in root.iterdir():
+            if not folder.is_dir():
+                continue
+            used = folder.stat().st_mtime
+            if not folder.name.startswith("."):
+                folders.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
+            elif now - used > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        total = sum(size for *_, size in folders)
+        for _, folder, size in sorted(folders):
+            if total <= limit:
+                break
+            if folder != keep:
+                # Renamed first: nobody may find it half gone.
+                gone = folder.rename(root / f".gone-{folder.name}-{os.getpid()}")
+                shutil.rmtree(gone, ignore_errors=True)
+                total -= size

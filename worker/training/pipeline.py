@@ -1,0 +1,169 @@
+"""One job from its spec to its exports. A function of what it is given and of nothing hidden."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shared.errors import JobFailure
+from shared.events import Artifact, Control, Entry, EventSink
+from shared.lifecycle import FailureCode, Phase
+from shared.plan import Plan
+from shared.spec import JobSpec
+from worker.training.data import prepare_data
+from worker.training.engines.reference import load_model
+from worker.training.exports.adapter import export_adapter, save_adapter
+from worker.training.exports.files import file_artifact
+from worker.training.exports.gguf import export_ggufs
+from worker.training.exports.manifest import Manifest, metrics_csv
+from worker.training.exports.merged import export_merged, merge_adapter
+from worker.training.exports.modelfile import modelfile
+from worker.training.library_log import library_messages
+from worker.training.models import (
+    ResolvedModel,
+    fetch_weights,
+    load_tokenizer,
+    resolve_model,
+    settle_tokenizer,
+)
+from worker.training.trainer import train
+from worker.training.workdir import Workdir
+
+
+def run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+    """Prepare data -> load model -> train -> export.
+
+    Each artifact is told to `sink.artifact` as soon as it is complete, so a later failure loses none.
+
+    Returns:
+        all artifacts, in the order in which they were told.
+
+    Raises:
+        JobFailure: with a code of the contract. Other exceptions may leave it too: `failures.explain` makes
+            failures of them.
+        JobStopped: `control` said so. No half-written artifact is left.
+    """
+    with library_messages(sink):
+        return _run(spec, plan, workdir, sink, control)
+
+
+def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+    sink.phase(Phase.PREPARING_DATA)
+    control.check()
+    model = resolve_model(spec, workdir, control)
+    check_length(spec, model)
+    tokenizer = load_tokenizer(model)
+    data = prepare_data(
+        spec,
+        workdir.dataset_file,
+        tokenizer,
+        sink,
+        control,
+        model.context_length,
+        cache=workdir.cache / "data",
+    )
+    settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
+    control.check()
+
+    sink.phase(Phase.LOADING_MODEL)
+    fetch_weights(model)
+    trained = load_model(spec, plan, model)
+    sink.log(Entry(message=describe(model, plan, trained)))
+    control.check()
+
+    sink.phase(Phase.TRAINING)
+    result = train(spec, plan, trained, tokenizer, data, workdir.root / "checkpoints", sink, control)
+
+    sink.phase(Phase.EXPORTING)
+    adapter = workdir.root / "adapter"
+    save_adapter(trained, tokenizer, model.id, adapter)
+    # The exports load the base model anew; this one's memory goes back first.
+    del trained
+    gc.collect()
+    manifest = Manifest(
+        spec=spec,
+        plan=plan,
+        model=model,
+        chat_template=data.chat_template,
+        stop_token=data.stop_token,
+        data_sha256=data.sha256,
+        data_report=data.report,
+        training=result,
+    )
+    return _export(spec, model, tokenizer, manifest, adapter, workdir, sink, control)
+
+
+def describe(model: ResolvedModel, plan: Plan, trained: Any) -> str:
+    """What was loaded, for the job's log."""
+    revision = f" at revision {model.revision}" if model.revision else ""
+    base = trained.get_base_model()
+    return (
+        f"Loaded {model.id}{revision}: {type(base).__name__} in {plan.precision} on {plan.device}, "
+        f"{base.config._attn_implementation} attention."
+    )
+
+
+def check_length(spec: JobSpec, model: ResolvedModel) -> None:
+    """The rows must fit the model's context.
+
+    Raises:
+        JobFailure: `model_unavailable`.
+    """
+    if model.context_length is not None and spec.max_seq_length > model.context_length:
+        raise JobFailure(
+            FailureCode.MODEL_UNAVAILABLE,
+            f"max_seq_length is {spec.max_seq_length}, and {spec.model} reads at most "
+            f"{model.context_length} tokens.",
+            f"Set max_seq_length to {model.context_length} or less.",
+        )
+
+
+def _export(
+    spec: JobSpec,
+    model: ResolvedModel,
+    tokenizer: object,
+    manifest: Manifest,
+    adapter: Path,
+    workdir: Workdir,
+    sink: EventSink,
+    control: Control,
+) -> list[Artifact]:
+    """The cheap and certain exports first: what fails late must not take the others with it."""
+    target = workdir.root / "exports"
+    target.mkdir(parents=True, exist_ok=True)
+    made: list[Artifact] = []
+
+    def publish(artifact: Artifact) -> None:
+        sink.artifact(artifact)
+        made.append(artifact)
+
+    for name, kind, text in (
+        ("manifest.json", "manifest", manifest.to_text()),
+        ("metrics.csv", "metrics", metrics_csv(manifest.training.history)),
+    ):
+        (target / name).write_text(text, encoding="utf-8")
+        publish(file_artifact(target / name, kind, control))
+    if "adapter" in spec.exports:
+        publish(export_adapter(adapter, manifest, target, control))
+    ggufs = [kind for kind in spec.exports if kind.startswith("gguf:")]
+    if not ggufs and "merged_16bit" not in spec.exports:
+        return made
+
+    merged = workdir.root / "merged"
+    try:
+        sink.log(Entry(message="Merging the adapter into the base model."))
+        merge_adapter(model, adapter, tokenizer, merged, control)
+        if "merged_16bit" in spec.exports:
+            publish(export_merged(merged, manifest, target, control))
+        if ggufs:
+            made += export_ggufs(merged, spec.name or model.id, ggufs, target, sink, control)
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+    if ggufs:
+        # The smallest of them: what most people will run.
+        smallest = min((a for a in made if a.kind in ggufs), key=lambda a: a.bytes)
+        (target / "Modelfile").write_text(modelfile(smallest.name, manifest.stop_token), encoding="utf-8")
+        publish(file_artifact(target / "Modelfile", "modelfile", control))
+    return made

@@ -1,0 +1,189 @@
+"""The training loop: TRL's SFTTrainer over rows that are already tokenised, masked and packed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.events import Control, Entry, EventSink
+from shared.plan import Plan
+from shared.spec import JobSpec
+
+if TYPE_CHECKING:
+    from worker.training.data import PreparedData
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What the loop did.
+
+    `history` has one row a step as `EventSink.metrics` got it, `logged` those that went to the job's log,
+    with the mean loss since the one before; `used` is what really ran, read back from the
+    model and the device: attention implementation, dtype, packing, peak memory in bytes, tokens per second.
+    """
+
+    steps: int
+    history: list[dict[str, float | int | None]]
+    logged: list[dict[str, float | int | None]]
+    used: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    spec: JobSpec,
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    output: Path,
+    sink: EventSink,
+    control: Control,
+) -> TrainingResult:
+    """Train the adapter of `model` in place.
+
+    Args:
+        model: a `peft.PeftModel` on the plan's device.
+        data: rows of `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`.
+        output: where checkpoints go, as `checkpoint-STEP` folders.
+
+    Raises:
+        JobFailure: `diverged`: the loss or the gradient is no longer a finite number.
+        JobStopped: `control` said so, at the latest one layer of one micro-batch later.
+    """
+    import torch
+    import transformers
+
+    from worker.training.callbacks import JobCallback, stop_between_layers
+    from worker.training.job_trainer import JobTrainer
+
+    steps = total_steps(spec, plan, len(data.train))
+    callback = JobCallback(
+        sink=sink, control=control, total_steps=steps, logging_steps=spec.training.logging_steps
+    )
+    trainer = JobTrainer(
+        model=model,
+        args=sft_config(spec, plan, steps, output),
+        train_dataset=data.train,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    # It prints each log line to stdout, which belongs to whoever runs the job.
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainable, frozen = _count_parameters(model)
+    sink.log(
+        Entry(
+            message=f"Training {trainable:,} of {trainable + frozen:,} weights for {steps:,} steps over "
+            f"{len(data.train):,} rows of up to {spec.max_seq_length:,} tokens, "
+            f"{plan.micro_batch} x {plan.accumulation} rows a step.",
+            data={"trainable_parameters": trainable, "total_steps": steps, "rows": len(data.train)},
+        )
+    )
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    hooks = stop_between_layers(model, control)
+    try:
+        trainer.train()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return TrainingResult(
+        steps=steps,
+        history=callback.history,
+        logged=callback.logged,
+        used=_what_ran(plan, trainer, callback),
+    )
+
+
+def total_steps(spec: JobSpec, plan: Plan, rows: int) -> int:
+    """Optimiser steps of the whole job.
+
+    An epoch's last step takes the rows that are left, however few. With a fractional number of epochs the
+    total is rounded up.
+    """
+    if spec.training.max_steps is not None:
+        return spec.training.max_steps
+    micro_batches = math.ceil(rows / plan.micro_batch)
+    steps_per_epoch = math.ceil(micro_batches / plan.accumulation)
+    return math.ceil(steps_per_epoch * spec.training.num_train_epochs)
+
+
+def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
+    """The `trl.SFTConfig` of this job."""
+    import trl
+
+    training = spec.training
+    return trl.SFTConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        # Rounded down: the rate of the first warm-up step is zero, and a job of ten steps has none to waste.
+        warmup_steps=int(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        optim=training.optim,
+        seed=training.seed,
+        data_seed=training.seed,
+        # Every step is logged, so that every step has its metrics row and a loss that is no number stops the
+        # job at once; the job's log gets one entry per `logging_steps` of the spec.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=plan.precision == "bf16",
+        fp16=False,
+        tf32=None,
+        use_cpu=plan.device == "cpu",
+        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # The rows are packed already. Padding-free makes position ids that start again with each document,
+        # and with them the attention mask that keeps the documents of a row apart.
+        packing=False,
+        padding_free=spec.packing,
+        max_length=None,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=plan.device == "cuda",
+        # The head's logits are computed for the tokens that count only, a chunk at a time.
+        loss_type="chunked_nll",
+    )
+
+
+def _count_parameters(model: Any) -> tuple[int, int]:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return trainable, frozen
+
+
+def _what_ran(plan: Plan, trainer: Any, callback: Any) -> dict[str, Any]:
+    base = trainer.model.get_base_model()
+    frozen = next(p for p in base.parameters() if not p.requires_grad)
+    return {
+        "engine": plan.engine,
+        "device": str(frozen.device),
+        "attention": base.config._attn_implementation,
+        "dtype": str(frozen.dtype).removeprefix("torch."),
+        "packing": trainer.data_collator.padding_free,
+        "gradient_checkpointing": bool(base.is_gradient_checkpointing),
+        "peak_memory_bytes": peak_memory_bytes(plan),
+        "tokens": callback.tokens,
+        "tokens_per_second": callback.mean_tokens_per_second(),
+        "training_seconds": round(callback.seconds(), 3),
+    }
+
+
+def peak_memory_bytes(plan: Plan) -> int:
+    """The most memory that training took: reserved by torch on a GPU, resident in the process on a CPU."""
+    if plan.device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    import resource
+
+    # Linux gives kilobytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
