@@ -1,0 +1,237 @@
+"""Rows of role and content: OpenAI's `messages`, ShareGPT's `conversations`, with tools and calls."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from shared.data.calls import read_arguments
+from shared.data.chatml import system_text
+from shared.data.conversation import Call, Conversation, Dropped, Role, Turn, checked
+from shared.data.glaive import MARKER
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+# ShareGPT has a turn of its own for a call.
+CALL_ROLES = ("function_call", "tool_call")
+
+
+class RowError(Exception):
+    """A row that must be dropped; the argument is one of `conversation.REASONS`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def parse_messages(row: dict[str, Any], line: int, drop_unparsable: bool = False) -> Conversation | Dropped:
+    """`{"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?, "system"?}`."""
+    found = next((row[key] for key in ("messages", "conversations", "conversation") if key in row), None)
+    return from_turns(found, row, line, drop_unparsable)
+
+
+def parse_sharegpt(row: dict[str, Any], line: int, drop_unparsable: bool = False) -> Conversation | Dropped:
+    """`{"conversations": [{"from", "value"}], "tools"?: JSON, "system"?}`."""
+    found = next((row[key] for key in ("conversations", "conversation", "messages") if key in row), None)
+    return from_turns(found, row, line, drop_unparsable)
+
+
+def from_turns(
+    messages: Any, row: dict[str, Any], line: int, drop_unparsable: bool, untrained: int = 0
+) -> Conversation | Dropped:
+    """A list of messages as a conversation; the first `untrained` messages are a prompt."""
+    messages = listed(messages)
+    if not isinstance(messages, list) or not messages:
+        return Dropped(
+            "wrong_format" if messages is None else "empty" if messages == [] else "not_text", line
+        )
+    notes: list[str] = []
+    try:
+        turns = [_turn(message, notes, number < untrained) for number, message in enumerate(messages)]
+        tools = _tools(row.get("tools"))
+        system = _text(row.get("system"), notes)
+    except RowError as error:
+        return Dropped(error.reason, line)
+    if drop_unparsable and "call_unparsable" in notes:
+        return Dropped("unparsable_call", line)
+    if turns[0].role == "system":
+        system = turns.pop(0).content if not system else f"{system}\n\n{turns.pop(0).content}"
+    system = system_text(system, tools)
+    if system:
+        turns.insert(0, Turn("system", system))
+    if not turns:
+        return Dropped("empty", line)
+    return checked(Conversation(tuple(turns), tools, line, tuple(notes)))
+
+
+def listed(value: Any) -> Any:
+    """A list that was written as a JSON text, as CSV and some Parquet files have it; else the value."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
+    if not isinstance(message, dict):
+        raise RowError("not_text")
+    name = message.get("role", message.get("from"))
+    if not isinstance(name, str):
+        raise RowError("unknown_role")
+    trained = False if is_prompt else _trained(message)
+    value = message.get("content", message.get("value"))
+    if name in CALL_ROLES:
+        return _with_calls("", _calls_of_text(value, notes), trained)
+    role = ROLES.get(name)
+    if role is None:
+        raise RowError("unknown_role")
+    text = _text(value, notes)
+    if role != "assistant":
+        return Turn(role, text, trained)
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning:
+        notes.append("reasoning_kept")
+        text = _think(reasoning) + text
+    calls = _tool_calls(message, notes)
+    for part in value if isinstance(value, list) else ():
+        if isinstance(part, dict) and part.get("type") == "tool_call":
+            calls += _calls_of_text(part.get("value"), notes)
+    return _with_calls(text, calls, trained)
+
+
+def _trained(message: dict[str, Any]) -> bool | None:
+    """False for weight 0; None (the role decides) for 1 and for no weight."""
+    for key in ("weight", "loss_weight"):
+        weight = message.get(key)
+        if weight is None:
+            continue
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise RowError("invalid_weight")
+        return False if weight == 0 else None
+    return None
+
+
+def _text(content: Any, notes: list[str]) -> str:
+    """Content as a text: a string, null, or a list of text parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError("not_text")
+    pieces: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise RowError("not_text")
+        kind = part.get("type", "text")
+        if kind == "tool_call":
+            continue
+        text = part.get("text", part.get("value", part.get("refusal")))
+        if kind not in ("text", "input_text", "output_text", "refusal", "reasoning") or not isinstance(
+            text, str
+        ):
+            raise RowError("not_text")
+        if kind == "reasoning":
+            notes.append("reasoning_kept")
+            text = _think(text)
+        pieces.append(text)
+    return "".join(pieces)
+
+
+def _think(reasoning: str) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n"
+
+
+def _tool_calls(message: dict[str, Any], notes: list[str]) -> list[Call | str]:
+    """OpenAI's `tool_calls` and the older `function_call`."""
+    listed = message.get("tool_calls")
+    single = message.get("function_call")
+    if listed is None:
+        listed = [] if single is None else [single]
+    if not isinstance(listed, list):
+        raise RowError("not_text")
+    return [_one_call(call, notes) for call in listed]
+
+
+def _one_call(call: Any, notes: list[str]) -> Call | str:
+    """A parsed call, or its text where its arguments can't be read."""
+    if not isinstance(call, dict):
+        raise RowError("not_text")
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise RowError("not_text")
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict | list):
+        return Call(name, arguments)
+    try:
+        return Call(name, read_arguments(arguments) if isinstance(arguments, str) else _missing())
+    except ValueError:
+        notes.append("call_unparsable")
+        return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+
+
+def _missing() -> Any:
+    raise ValueError("no arguments")
+
+
+def _calls_of_text(value: Any, notes: list[str]) -> list[Call | str]:
+    """The call or calls that a text holds as JSON."""
+    if not isinstance(value, str):
+        raise RowError("not_text")
+    try:
+        found = read_arguments(value)
+    except ValueError:
+        notes.append("call_unparsable")
+        return [value.strip()]
+    return [_one_call(call, notes) for call in (found if isinstance(found, list) else [found])]
+
+
+def _with_calls(text: str, calls: list[Call | str], trained: bool | None) -> Turn:
+    if not calls:
+        return Turn("assistant", text, trained)
+    written = [f"{MARKER} {call if isinstance(call, str) else _json(call)}" for call in calls]
+    parsed = tuple(call for call in calls if isinstance(call, Call))
+    unparsed = [line for line, call in zip(written, calls, strict=True) if isinstance(call, str)]
+    content = "\n".join([text, *written] if text else written)
+    return Turn("assistant", content, trained, parsed, "\n".join([text, *unparsed] if text else unparsed))
+
+
+def _json(call: Call) -> str:
+    try:
+        return call.to_json()
+    except (ValueError, RecursionError):
+        raise RowError("not_text") from None
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """A row's tools: a list of functions, or a JSON text of one; nothing for null, "" and []."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise RowError("invalid_tools") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("invalid_tools")
+    return tuple(value)

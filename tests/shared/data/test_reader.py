@@ -1,0 +1,195 @@
+"""Files of every kind, and files that are out to break the reader."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shared.data import packed, reader
+from shared.data.reader import read_rows
+from shared.errors import DatasetError
+
+ROWS: list[dict[str, Any]] = [{"text": f"row {n} °C 👍", "n": n} for n in range(1, 8)]
+
+
+def rows_of(path: Path, content: bytes) -> list[tuple[int, dict[str, Any]]]:
+    path.write_bytes(content)
+    return list(read_rows(path))
+
+
+def jsonl(rows: list[dict[str, Any]], end: str = "\n") -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pa.compress(content, codec="zstd", asbytes=True))
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    plain = [jsonl(ROWS), jsonl(ROWS, "\r\n"), b"\xef\xbb\xbf" + jsonl(ROWS), jsonl(ROWS).rstrip()]
+    arrays = [json.dumps(ROWS).encode(), json.dumps(ROWS, indent=2, ensure_ascii=False).encode()]
+    table = tmp_path / "table"
+    pq.write_table(pa.Table.from_pylist(ROWS), table)
+    for content in [*plain, *arrays, table.read_bytes()]:
+        for form in (
+            content,
+            gzip.compress(content),
+            gzip.compress(content[:9]) + gzip.compress(content[9:]),
+        ):
+            if form is content or not content.startswith(b"PAR1"):
+                assert rows_of(tmp_path / "file", form) == list(enumerate(ROWS, 1))
+
+
+def test_zstd(tmp_path: Path) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(jsonl(ROWS))
+    assert rows_of(tmp_path / "file", sink.getvalue().to_pybytes()) == list(enumerate(ROWS, 1))
+    cut = sink.getvalue().to_pybytes()[:-9]
+    with pytest.raises(DatasetError, match="damaged or cut off"):
+        rows_of(tmp_path / "file", cut)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_csv_with_quotes_and_line_breaks_in_cells(tmp_path: Path, delimiter: str) -> None:
+    lines = ["instruction,input,output", '"say ""hi"", now","two\nlines",°C', "", "a,,b"]
+    content = "\r\n".join(line.replace(",", delimiter) for line in lines).encode()
+    expected = [
+        (2, {"instruction": f'say "hi"{delimiter} now', "input": "two\nlines", "output": "°C"}),
+        (5, {"instruction": "a", "input": "", "output": "b"}),
+    ]
+    assert rows_of(tmp_path / "file", content) == expected
+
+
+def test_empty_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    content = b"\n\n \r\n" + jsonl(ROWS[:1]) + b"\n\n" + jsonl(ROWS[1:2])
+    assert rows_of(tmp_path / "file", content) == [(4, ROWS[0]), (7, ROWS[1])]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b"", None, "empty"),
+        (b" \n\n\t\n", None, "empty"),
+        (jsonl(ROWS[:6]) + b'{"a": }\n' + jsonl(ROWS), 7, r"Line 7 isn't valid JSON: .* \(column 7\)"),
+        (jsonl(ROWS[:1]) + b"[1]\n", 2, "Line 2 is not a JSON object but an array"),
+        (jsonl(ROWS[:1]) + b"null\n", 2, "Line 2 is not a JSON object but null"),
+        (jsonl(ROWS[:1]) + b'{"a": "\xe9"}\n', 2, "Line 2 isn't UTF-8 text .byte 0xe9."),
+        (jsonl(ROWS[:1]) + b'{"a": 1' + b"0" * 5000 + b"}\n", 2, "Line 2 can't be read"),
+        (jsonl(ROWS[:1]) + b'{"a": "x\0y"}\n', None, "binary"),
+        (b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", 1, "Line 1 is nested more than 100 levels deep"),
+        (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", 1, "nested more than 100 levels deep"),
+        (b'[{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}]", 1, "nested more than 100 levels deep"),
+        (b'[\n{"a": 1},\n{"a": }\n]', 3, r"Row 2 of the array isn't valid JSON"),
+        (b'[{"a": 1}\n{"a": 2}]', 2, "wanted ',' or ']' after row 1"),
+        (b'[{"a": 1},\n{"a"', 2, "Row 2 of the array"),
+        (b'[{"a": 1},', 1, "Row 2 of the array"),
+        (b'[{"a": 1}] x', 1, "something follows"),
+        (b'[{"a": 1}, 5]', 1, "not a JSON object but a number"),
+        ("[{'a': \"\xe9\"}]".encode("latin-1"), 1, "UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), None, "UTF-16"),
+        (b"just a line of text\n", 1, "neither JSON nor a CSV"),
+        (b'a,b\n1,2\n3\n', 3, "Line 3 has 1 cells, but the header has 2"),
+        (b'a,b\n1,"2\n', 2, "isn't valid CSV"),
+        (b"PK\x03\x04zip", None, "zip archive"),
+        (b"%PDF-1.7", None, "PDF"),
+        (b"\x7fELF\0\0\0", None, "binary"),
+        (gzip.compress(jsonl(ROWS))[:-12], None, "damaged or cut off"),
+        (gzip.compress(b"")[:5], None, "damaged or cut off"),
+        (b"PAR1" + b"\x01" * 50, None, "Parquet file is damaged"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_says_where(tmp_path: Path, content: bytes, line: int | None, message: str) -> None:
+    with pytest.raises(DatasetError, match=message) as failure:
+        rows_of(tmp_path / "file", content)
+    assert failure.value.line == line
+
+
+def test_rows_before_the_broken_one_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(jsonl(ROWS[:3]) + b"{\n")
+    rows = read_rows(tmp_path / "file")
+    assert [next(rows)[0] for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(DatasetError, match="Line 4"):
+        next(rows)
+
+
+def test_a_parquet_file_that_is_cut_off(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS * 1000), tmp_path / "whole")
+    with pytest.raises(DatasetError, match="damaged or cut off"):
+        rows_of(tmp_path / "file", (tmp_path / "whole").read_bytes()[:-40])
+
+
+def test_a_parquet_row_group_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "MAX_ROW_GROUP", 100)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "file")
+    with pytest.raises(DatasetError, match=r"Row group 1 .* smaller row groups"):
+        list(read_rows(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("opening", [b"", b"["])
+def test_a_row_of_100_mb_is_refused_in_bounded_memory(tmp_path: Path, opening: bytes) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(opening + b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n')
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match=r"1\)? is longer than 16 MiB"):
+        list(read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * 2**20
+
+
+def test_a_zip_bomb_is_refused_soon(tmp_path: Path) -> None:
+    path = tmp_path / "bomb"
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        file.write(b'{"text": "')
+        for _ in range(200):
+            file.write(b"\n" * 2**20)
+    assert path.stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(DatasetError):
+        list(read_rows(path))
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        file.write(b"\n" * (packed.ALWAYS_ALLOWED + 2**20))
+    with pytest.raises(DatasetError, match="unpacks to more than"):
+        list(read_rows(path))
+
+
+def test_ten_million_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in (b"\n" * 10_000_000, jsonl(ROWS[:1]) + b"\n" * 10_000_000 + jsonl(ROWS[1:2])):
+        path.write_bytes(content)
+        began = time.monotonic()
+        if content.startswith(b"\n"):
+            with pytest.raises(DatasetError, match="empty"):
+                list(read_rows(path))
+        else:
+            assert [line for line, _ in read_rows(path)] == [1, 10_000_002]
+        assert time.monotonic() - began < 20
+
+
+def test_chunk_borders_fall_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (1, 2, 3, 7, 50):
+        monkeypatch.setattr(packed, "CHUNK", size)
+        for content in (jsonl(ROWS), json.dumps(ROWS, indent=1, ensure_ascii=False).encode()):
+            assert rows_of(tmp_path / "file", content) == list(enumerate(ROWS, 1))
+
+
+def test_long_rows_of_an_array_are_read_in_linear_time(tmp_path: Path) -> None:
+    rows = [{"text": "x" * (reader.MAX_ROW_BYTES - 100)}] * 2
+    began = time.monotonic()
+    assert len(rows_of(tmp_path / "file", json.dumps(rows).encode())) == 2
+    assert time.monotonic() - began < 10
