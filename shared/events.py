@@ -88,6 +88,8 @@ class EventSink(Protocol):
     def artifact(self, artifact: Artifact) -> None:
         """A file is complete and to be published now. Blocks until it is in the store.
 
+        The file is the sink's from then on: it may have been moved away when this returns.
+
         Raises:
             LeaseLost: this attempt may no longer publish.
         """

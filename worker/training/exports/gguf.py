@@ -42,30 +42,30 @@ def export_ggufs(
 ) -> list[Artifact]:
     """Make the asked-for GGUFs from a merged model folder, and report each once llama.cpp answered with it.
 
-    `name` is what the files call the model. The 16-bit file is made in any case, and removed at the end if
-    nobody asked for it.
+    `name` is what the files call the model. All are made from one 16-bit file, which goes at the end.
 
     Raises:
         JobFailure: `export_failed`, with the tool's last words. What was reported before stays.
         JobStopped: nothing half-written is left.
     """
-    full = target / gguf_name(F16)
+    source = target / "source.gguf"
     made: list[Artifact] = []
     try:
-        _convert(merged, name, full, control)
-        if F16 in kinds:
-            made.append(_publish(full, F16, sink, control))
-        for kind in (k for k in kinds if k != F16):
+        _convert(merged, name, source, control)
+        for kind in kinds:
             path = target / gguf_name(kind)
             try:
-                _quantize(full, path, kind, control)
+                if kind == F16:
+                    # A second name: whoever takes what is reported may move it away.
+                    os.link(source, path)
+                else:
+                    _quantize(source, path, kind, control)
                 made.append(_publish(path, kind, sink, control))
-            finally:
-                if not made or made[-1].path != path:
-                    path.unlink(missing_ok=True)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     finally:
-        if not any(artifact.path == full for artifact in made):
-            full.unlink(missing_ok=True)
+        source.unlink(missing_ok=True)
     return made
 
 
@@ -111,10 +111,12 @@ def _convert(merged: Path, name: str, path: Path, control: Control) -> None:
     )
 
 
-def _quantize(full: Path, path: Path, kind: str, control: Control) -> None:
-    command = [sys.executable, "-P", str(QUANTIZE), str(full), str(path), str(FTYPES[kind])]
+def _quantize(source: Path, path: Path, kind: str, control: Control) -> None:
+    command = [sys.executable, "-P", str(QUANTIZE), str(source), str(path), str(FTYPES[kind])]
     command.append(str(len(os.sched_getaffinity(0))))
-    run_tool(f"Quantising to {path.name}", command, control, scratch=path.parent, limit_seconds=_limit(full))
+    run_tool(
+        f"Quantising to {path.name}", command, control, scratch=path.parent, limit_seconds=_limit(source)
+    )
 
 
 def _publish(path: Path, kind: str, sink: EventSink, control: Control) -> Artifact:

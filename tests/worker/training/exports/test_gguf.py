@@ -14,7 +14,7 @@ from cyllama.llama.llama_cpp import LlamaModel, disable_logging
 
 from shared.data.chatml import CHATML_TEMPLATE
 from shared.errors import JobFailure
-from shared.events import MemorySink
+from shared.events import Artifact, MemorySink
 from shared.lifecycle import FailureCode
 from tests.worker.training.samples import CITIES, Running
 from worker.training.exports.gguf import check_gguf, export_ggufs
@@ -87,6 +87,33 @@ def test_the_command_loads_no_torch(gguf: Path) -> None:
         f"generate({str(gguf)!r}, 'Hello', max_tokens=1); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class TakingSink(MemorySink):
+    """Takes files away as a store does that lies on the same disk."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def artifact(self, artifact: Artifact) -> None:
+        super().artifact(artifact)
+        artifact.path.rename(self._folder / artifact.name)
+
+
+def test_all_kinds_are_made_though_each_is_taken_away_at_once(chat_model: Path, tmp_path: Path) -> None:
+    work, taken = tmp_path / "work", tmp_path / "taken"
+    work.mkdir()
+    taken.mkdir()
+    kinds = ["gguf:f16", "gguf:q8_0", "gguf:q4_k_m"]
+    made = export_ggufs(chat_model, "Tiny", kinds, work, TakingSink(taken), Running())
+    assert [a.kind for a in made] == kinds
+    assert sorted(p.name for p in taken.iterdir()) == [
+        "model-f16.gguf",
+        "model-q4_k_m.gguf",
+        "model-q8_0.gguf",
+    ]
+    assert list(work.iterdir()) == []
 
 
 def test_a_gguf_without_template_is_not_published(tmp_path: Path, tiny_model: Path) -> None:
