@@ -25,10 +25,11 @@ READY = re.compile(
 class Served:
     """A running `serve` and what it said."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **more: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
         if TEST_DATABASE:
             environment["TUNEYARD_DATABASE_URL"] = TEST_DATABASE
+        environment |= more
         self.folder = folder
         self.errors = folder.parent / f"{folder.name}.err"
         with self.errors.open("w") as errors:

@@ -1,0 +1,103 @@
+"""One job through everything: served API, real worker, real training, all exports, over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.client import Client
+from tests.cli.test_serve import Served
+from tests.worker.training.conftest import tiny_model
+from tests.worker.training.samples import conversations, write_rows
+from worker.training.generate import generate
+
+__all__ = ["tiny_model"]
+pytestmark = pytest.mark.train
+
+EXPORTS = ["adapter", "merged_16bit", "gguf:f16", "gguf:q8_0", "gguf:q5_k_m", "gguf:q4_k_m"]
+FILES = {
+    "manifest.json",
+    "metrics.csv",
+    "adapter.tar",
+    "merged_16bit.tar",
+    "model-f16.gguf",
+    "model-q8_0.gguf",
+    "model-q5_k_m.gguf",
+    "model-q4_k_m.gguf",
+    "Modelfile",
+}
+
+
+@pytest.fixture
+def client(tmp_path: Path, tiny_model: Path) -> Iterator[Client]:
+    root = tmp_path / "models"
+    root.mkdir()
+    (root / "tiny").symlink_to(tiny_model)
+    served = Served(tmp_path / "data", TUNEYARD_MODELS_ROOT=str(root))
+    url = served.ready()
+    with Client(url, (served.folder / "local.key").read_text().strip()) as opened:
+        yield opened
+    served.process.terminate()
+    assert served.process.wait(30) == 0
+    if served.process.stdout is not None:
+        served.process.stdout.close()
+
+
+def test_a_job_from_upload_to_six_exports(client: Client, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", conversations(24))
+    uploaded = client.upload(rows)
+    assert uploaded["status"] == "processed"
+    assert [m["id"] for m in client.models() if m["id"] == "local/tiny"]
+    spec = {
+        "model": "local/tiny",
+        "dataset": {"source": "file", "file_id": uploaded["id"]},
+        "max_seq_length": 512,
+        "training": {"max_steps": 6, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 3},
+        "exports": EXPORTS,
+        "metadata": {"team": "tests"},
+    }
+    estimate = client.estimate(spec)
+    assert estimate["steps"] == 6
+    assert estimate["disk_bytes"] > 0
+    job_id = client.submit(spec)["id"]
+    entries = list(client.logs(job_id, follow=True))
+    job = client.job(job_id)
+    assert job["status"] == "succeeded", [e["message"] for e in entries]
+    assert [e["seq"] for e in entries] == list(range(1, len(entries) + 1))
+    phases = [e["data"]["phase"] for e in entries if e["type"] == "phase"]
+    assert phases[:3] == ["preparing_data", "loading_model", "training"]
+    assert phases[-1] == "exporting"
+    logged = [e["data"] for e in entries if e["type"] == "metrics"]
+    assert [row["step"] for row in logged] == [2, 4, 6]
+    for row in logged:
+        assert {"loss", "learning_rate", "epoch", "step", "total_steps", "grad_norm"} <= set(row)
+        assert {"tokens_per_second", "eta_seconds"} <= set(row)
+    metrics = client.metrics(job_id)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert job["progress"]["step"] == 6
+    assert job["plan"]["engine"] == "reference"
+    assert job["data_report"]["rows_used"] > 0
+    _check_files(client, job_id, tmp_path / "results")
+
+
+def _check_files(client: Client, job_id: str, folder: Path) -> None:
+    listed = {a["name"]: a for a in client.artifacts(job_id)}
+    assert set(listed) == FILES
+    for name, artifact in listed.items():
+        content = client.download(job_id, name, folder).read_bytes()
+        assert len(content) == artifact["bytes"]
+        assert hashlib.sha256(content).hexdigest() == artifact["sha256"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["spec"]["metadata"] == {"team": "tests"}
+    assert manifest["used"]["packing"] is True
+    with tarfile.open(folder / "adapter.tar") as tar:
+        assert any(name.endswith("adapter_model.safetensors") for name in tar.getnames())
+        assert any(name.endswith("README.md") for name in tar.getnames())
+    for gguf in sorted(folder.glob("*.gguf")):
+        assert generate(str(gguf), "Hello", max_tokens=4).tokens > 0
