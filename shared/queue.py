@@ -23,6 +23,7 @@ QUEUE = "tuneyard"
 TASK = "worker.doorbell.answer"
 NEWS_CHANNEL = "tuneyard:news"
 CONNECT_TIMEOUT_SECONDS = 1.0
+READ_TIMEOUT_SECONDS = 6.0
 # A doorbell that nobody answered for a day tells nothing that the database does not.
 MESSAGE_TTL_SECONDS = 86_400
 
@@ -73,9 +74,13 @@ class Doorbell:
             socket_timeout=CONNECT_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
-        # Blocking reads wait longer than a send may take.
+        # Blocking reads wait longer than a send may take, but never for ever: a Redis that is frozen or cut
+        # off sends nothing.
         self._reader = Redis.from_url(
-            url, socket_connect_timeout=CONNECT_TIMEOUT_SECONDS, retry=Retry(NoBackoff(), 0)
+            url,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            socket_timeout=READ_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
         )
         self._queue = Queue(QUEUE, connection=self.redis, serializer=JSONSerializer, job_class=Message)
 
@@ -97,7 +102,7 @@ class Doorbell:
         return True
 
     def wait(self, seconds: int) -> str | None:
-        """Wait for a message and take it off; the job id it carries, or None.
+        """Wait for at most 5 seconds for a message and take it off; the job id it carries, or None.
 
         Raises:
             RedisError: Redis is away.

@@ -6,6 +6,7 @@ only when it is complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -43,15 +44,14 @@ class Store:
             return
         destination = Path(target)
         destination.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sync(source)
         try:
             source.rename(destination)
-        except OSError:
-            # Another file system: copy beside the destination, then rename.
-            aside = destination.with_name(f".{destination.name}.part")
-            shutil.copyfile(source, aside)
-            aside.rename(destination)
-            source.unlink()
-        _sync_dir(destination.parent)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy_across(source, destination)
+        _sync(destination.parent)
 
     def fetch(self, key: str, target: Path) -> Path:
         """A local path to the file: itself in a local store, else a copy at `target`.
@@ -124,8 +124,21 @@ def hash_file(path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _sync_dir(path: Path) -> None:
-    """Make a rename durable: it lives in the folder's own data."""
+def _copy_across(source: Path, destination: Path) -> None:
+    """Move to another file system: copy beside the destination, then rename."""
+    aside = destination.with_name(f".{destination.name}.part")
+    try:
+        shutil.copyfile(source, aside)
+        _sync(aside)
+        aside.rename(destination)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    source.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, outlive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

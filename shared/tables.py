@@ -87,6 +87,9 @@ class Job(SQLModel, table=True):
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    # Seconds that ended attempts ran for, and when the one that runs now began.
+    run_seconds: float = 0
+    attempt_started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
 class LogEntry(SQLModel, table=True):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from redis import RedisError
 
-from shared.queue import Doorbell
+from shared.queue import READ_TIMEOUT_SECONDS, Doorbell
 
 WAIT_SECONDS = 1
 AWAY_SECONDS = 1.0
@@ -30,7 +30,7 @@ class Listener:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(timeout=READ_TIMEOUT_SECONDS + 1)
 
     def _run(self) -> None:
         away = False
@@ -41,6 +41,11 @@ class Listener:
                 if not away:
                     logger.warning("Redis is away, looking into the database alone: %s", error)
                 away = True
+                self._stopping.wait(AWAY_SECONDS)
+                continue
+            except Exception:
+                # Nothing that stands in the queue may end the thread that listens to it.
+                logger.exception("A queue message could not be read")
                 self._stopping.wait(AWAY_SECONDS)
                 continue
             if away:

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, Unavailable
 from shared.planner import Device
 
-QUERY_SECONDS = 10
+QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+QUERY_SECONDS = 30
 
 
 def find_slots(gpus: Sequence[int] | None, workers: int | None) -> list[Device]:
@@ -19,6 +20,7 @@ def find_slots(gpus: Sequence[int] | None, workers: int | None) -> list[Device]:
 
     Raises:
         InvalidRequest: a GPU was named that is not there.
+        Unavailable: the driver is installed and does not answer.
     """
     found = probe_gpus()
     if gpus is not None:
@@ -28,35 +30,51 @@ def find_slots(gpus: Sequence[int] | None, workers: int | None) -> list[Device]:
             raise InvalidRequest(
                 f"There is no GPU {absent[0]} on this machine. It has: {sorted(by_index) or 'none'}."
             )
-        found = [by_index[index] for index in gpus]
+        found = [by_index[index] for index in dict.fromkeys(gpus)]
     if found:
         return found[:workers]
     return [_cpu(index) for index in range(workers or 1)]
 
 
 def probe_gpus() -> list[Device]:
-    """The NVIDIA GPUs that the driver shows; none without a driver."""
+    """The NVIDIA GPUs that the driver shows and CUDA_VISIBLE_DEVICES, where it is set, leaves.
+
+    Raises:
+        Unavailable: the driver's tool is there and fails: jobs must not end up on the CPU unnoticed.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if tool is None or visible == "":
         return []
-    query = "--query-gpu=index,name,memory.total"
-    answer = subprocess.run(
-        [tool, query, "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=QUERY_SECONDS,
-        check=False,
-    )
-    return parse_gpus(answer.stdout) if answer.returncode == 0 else []
+    try:
+        answer = subprocess.run(
+            [tool, *QUERY], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        said = getattr(error, "stdout", None) or error
+        raise Unavailable(
+            f"nvidia-smi is installed and fails: {str(said).strip()} Mend the driver, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to run jobs on the CPU."
+        ) from error
+    return parse_gpus(answer.stdout, visible)
 
 
-def parse_gpus(text: str) -> list[Device]:
-    """Devices from `nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits` (MiB)."""
+def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
+    """Devices from nvidia-smi's answer to QUERY (memory in MiB; 0 where the driver does not tell).
+
+    Args:
+        visible: a comma-separated list of numbers or UUIDs, as CUDA_VISIBLE_DEVICES has it; None for all.
+    """
+    wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
     devices = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[0].isdigit() and parts[2].isdigit():
-            devices.append(Device("cuda", int(parts[0]), parts[1], int(parts[2]) << 20))
+        if len(parts) != 4 or not parts[0].isdigit():
+            continue
+        index, uuid, name, memory = parts
+        if wanted is None or any(w == index or (w and uuid.startswith(w)) for w in wanted):
+            mebibytes = int(memory) if memory.isdigit() else 0
+            devices.append(Device("cuda", int(index), name, mebibytes << 20))
     return devices
 
 

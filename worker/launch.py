@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -28,6 +29,8 @@ ENVIRONMENT = frozenset(
 ENVIRONMENT_PREFIXES = ("LC_", "HF_", "AWS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TRITON_")
 OUTPUT_FILE = "output.log"
 
+logger = logging.getLogger(__name__)
+
 
 class Child:
     """A running attempt: one process group in one slot."""
@@ -37,6 +40,7 @@ class Child:
         self.token = order.token
         self.workdir = Path(order.workdir)
         self.device = device
+        self.started_at = time.monotonic()
         self.stop_asked_at: float | None = None
         self.deadline: datetime | None = None
         with (self.workdir / OUTPUT_FILE).open("wb") as output:
@@ -68,9 +72,15 @@ class Child:
             self._say("stop\n")
 
     def kill(self) -> None:
-        """End the whole group at once, and wait until the child is gone."""
+        """End the whole group at once; `exit_code` tells when it is gone."""
         self._kill_group()
-        self._process.wait()
+
+    def await_exit(self, seconds: float) -> None:
+        """Wait for its end, though not for one that hangs in a driver."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            logger.error("Process %d of job %s does not end", self.pid, self.job_id)
 
     def close(self) -> None:
         """Release what is left of an ended child, and end what it left running."""
@@ -102,8 +112,8 @@ class Child:
     def _kill_group(self) -> None:
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        except (ProcessLookupError, PermissionError):
+            return  # Gone; its number may be somebody else's by now.
 
     def _await_exit(self, on_exit: Callable[[], None]) -> None:
         self._process.wait()
@@ -129,4 +139,5 @@ def _environment(workdir: Path, device: Device) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
     }

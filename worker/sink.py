@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from shared.tables import ArtifactRow, Job
 
 FLUSH_SECONDS = 0.05
 RETRY_SECONDS = 0.5
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ class DatabaseSink:
 
     def log(self, entry: Entry) -> None:
         with self._lock:
-            self._batch.entries.append(entry)
+            self._batch.entries.append(_storable_entry(entry))
         self._wake.set()
 
     def phase(self, phase: Phase) -> None:
@@ -96,22 +98,22 @@ class DatabaseSink:
 
     def metrics(self, row: dict[str, float | int | None]) -> None:
         with self._lock:
-            self._batch.rows.append({name: _finite(value) for name, value in row.items()})
+            self._batch.rows.append(storable(row))
         self._wake.set()
 
     def progress(self, progress: Progress) -> None:
         with self._lock:
-            self._batch.changes["progress"] = {k: _finite(v) for k, v in asdict(progress).items()}
+            self._batch.changes["progress"] = storable(asdict(progress))
         self._wake.set()
 
     def data_report(self, report: dict[str, Any]) -> None:
         with self._lock:
-            self._batch.changes["data_report"] = report
+            self._batch.changes["data_report"] = storable(report)
         self._wake.set()
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         with self._lock:
-            self._batch.checkpoints.append(checkpoint)
+            self._batch.checkpoints.append(replace(checkpoint, metrics=storable(checkpoint.metrics)))
         self._wake.set()
 
     def artifact(self, artifact: Artifact) -> None:
@@ -141,7 +143,8 @@ class DatabaseSink:
 
         try:
             earlier = self._commit(write)
-        except LeaseLost:
+        except BaseException:
+            # Without its row the file is nobody's.
             self._store.delete(key)
             raise
         if earlier is not None and earlier != key:
@@ -157,11 +160,14 @@ class DatabaseSink:
         """
         self._stop_thread()
         recorded = (
-            {"code": failure.code, "message": failure.message, "advice": failure.advice} if failure else None
+            storable({"code": failure.code, "message": failure.message, "advice": failure.advice})
+            if failure
+            else None
         )
+        last = _storable_entry(entry)
 
         def write(session: Session, job: Job) -> None:
-            logs.append_entries(session, self._job_id, [entry], self._token)
+            logs.append_entries(session, self._job_id, [last], self._token)
             set_status(job, status, failure=recorded)
 
         self._commit(write)
@@ -190,6 +196,9 @@ class DatabaseSink:
             except LeaseLost:
                 self._on_lost()
                 return
+            except Exception:
+                # Whatever could not be written is lost, but the lease must be renewed all the same.
+                logger.exception("Some entries of the log could not be written")
             # What is told meanwhile is written together: at most 1 / FLUSH_SECONDS commits a second.
             time.sleep(FLUSH_SECONDS)
 
@@ -239,9 +248,21 @@ class DatabaseSink:
         return result
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; PostgreSQL refuses them."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def storable(value: Any) -> Any:
+    """The value as every database takes it: no NaN or infinity, no NUL and no lone surrogate."""
+    if isinstance(value, dict):
+        return {storable(str(key)): storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    return value
+
+
+def _storable_entry(entry: Entry) -> Entry:
+    return replace(entry, message=storable(entry.message), data=storable(entry.data))
 
 
 def _is_passing(error: DBAPIError) -> bool:

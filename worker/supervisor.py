@@ -9,22 +9,24 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from shared.clock import utcnow
-from shared.database import Database
+from shared.database import Database, Session
 from shared.errors import LeaseLost
 from shared.events import Entry
 from shared.ids import JOB_ID, new_token
-from shared.lifecycle import LEASED, FailureCode, JobStatus
+from shared.lifecycle import TERMINAL, FailureCode, JobStatus
 from shared.planner import Device, make_plan
 from shared.queue import Doorbell
 from shared.repository import keys, leases, logs
 from shared.repository.jobs import set_status
 from shared.settings import Settings
 from shared.spec import JobSpec
-from shared.tables import WorkerRow
+from shared.tables import Job, WorkerRow
 from worker.doorbell import Listener
 from worker.launch import Child
 from worker.order import Order
@@ -32,6 +34,10 @@ from worker.order import Order
 SEEN_SECONDS = 5.0
 SWEEP_SECONDS = 30.0
 CHECKPOINTS = "checkpoints"
+# A process that dies sooner than this has hardly begun its job.
+QUICK_DEATH_SECONDS = 20.0
+LONGEST_PAUSE_SECONDS = 120.0
+KILLED_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,10 @@ class Supervisor:
             slots=[slot.to_json() for slot in slots],
         )
         self._seen = self._swept = -SWEEP_SECONDS
+        self._ticked_at = time.time()
+        # Monotonic times before which nothing is recovered, or claimed.
+        self._recover_after = self._claim_after = 0.0
+        self._quick_deaths = 0
         self._work = settings.root / "work"
 
     def run(self) -> None:
@@ -73,11 +83,7 @@ class Supervisor:
         self._listener.start()
         try:
             while not self._stopping:
-                try:
-                    self.tick()
-                except DBAPIError as error:
-                    # Running children go on by themselves; claims wait until the database is back.
-                    logger.warning("The database is away, trying again: %s", error.orig)
+                self._guarded_tick()
                 self._wake.wait(timeout=self._pause())
                 self._wake.clear()
         finally:
@@ -97,11 +103,32 @@ class Supervisor:
             self._seen = now
         self._reap()
         self._heed_requests()
-        self._recover_lost()
+        if now >= self._recover_after:
+            self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
             self._sweep()
             self._swept = now
-        self._claim()
+        if now >= self._claim_after:
+            self._claim()
+
+    def _guarded_tick(self) -> None:
+        """A tick that can't end the supervisor, and with it all jobs of this box."""
+        wall = time.time()
+        if wall - self._ticked_at > self._settings.lease_seconds / 2:
+            # The machine slept: children renew their leases now, before anybody takes them for lost.
+            self._spare_leases()
+        self._ticked_at = wall
+        try:
+            self.tick()
+        except DBAPIError as error:
+            # Running children try again by themselves; claims wait until the database is back.
+            logger.warning("The database is away, trying again: %s", error.orig)
+            self._spare_leases()
+        except Exception:
+            logger.exception("The supervisor stumbled and goes on")
+
+    def _spare_leases(self) -> None:
+        self._recover_after = time.monotonic() + self._settings.lease_seconds
 
     def _pause(self) -> float:
         """How long to sleep: shorter while a child has been asked to stop, for its time is limited."""
@@ -133,41 +160,66 @@ class Supervisor:
                     leases.lose(session, job, why, self._settings.max_losses)
         except LeaseLost:
             logger.info("Job %s: its process has ended it (%s)", child.job_id, how)
+            self._quick_deaths = 0
         else:
             logger.warning("Job %s: %s", child.job_id, why)
+            if not asked:
+                self._slow_down(child)
         self._doorbell.tell(child.job_id)
         child.close()
         self._children.remove(child)
         self._keep_checkpoints(child)
-        shutil.rmtree(child.workdir, ignore_errors=True)
+        _remove_in_background(child.workdir)
+
+    def _slow_down(self, child: Child) -> None:
+        """After a death that came soon: what killed it may kill whatever is claimed next."""
+        quick = time.monotonic() - child.started_at < QUICK_DEATH_SECONDS
+        self._quick_deaths = self._quick_deaths + 1 if quick else 0
+        pause = min(self._settings.retry_seconds * self._quick_deaths, LONGEST_PAUSE_SECONDS)
+        self._claim_after = time.monotonic() + pause
 
     def _keep_checkpoints(self, child: Child) -> None:
         """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted."""
-        for found in sorted((child.workdir / CHECKPOINTS).glob("checkpoint-*")):
-            target = child.workdir.parent / CHECKPOINTS / found.name
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            found.rename(target)
+        with self._database.read() as session:
+            complete = {f"checkpoint-{c.step}" for c in logs.read_checkpoints(session, child.job_id)}
+        kept = child.workdir.parent / CHECKPOINTS
+        try:
+            for found in sorted((child.workdir / CHECKPOINTS).glob("checkpoint-*")):
+                if found.name in complete:
+                    kept.mkdir(exist_ok=True)
+                    shutil.rmtree(kept / found.name, ignore_errors=True)
+                    found.rename(kept / found.name)
+            for found in kept.glob("checkpoint-*"):
+                if found.name not in complete:
+                    shutil.rmtree(found, ignore_errors=True)
+        except OSError as error:
+            logger.error("Job %s: its checkpoints could not be kept: %s", child.job_id, error)
 
     def _heed_requests(self) -> None:
-        """Stop children whose job is being cancelled, has run out of time or has ended elsewhere."""
+        """Stop children whose job is being cancelled, has run out of time, or is no longer theirs."""
         if not self._children:
             return
         with self._database.read() as session:
-            statuses = leases.statuses(session, [child.job_id for child in self._children])
-        for child in list(self._children):
-            status = statuses.get(child.job_id)
-            if status is None or status not in LEASED:
-                # Deleted, or taken from us: whatever it does now is dropped.
-                child.kill()
+            holders = leases.holders(session, [child.job_id for child in self._children])
+        for child in self._children:
+            status, token = holders.get(child.job_id, (None, None))
+            if token != child.token:
+                # Ended, deleted or another's: whatever it still does is dropped. One that has ended its job
+                # itself is on its way out.
+                if status not in TERMINAL or self._is_overdue(child):
+                    child.kill()
+                child.ask_to_stop()
             elif status == JobStatus.CANCELLING:
                 child.ask_to_stop()
             elif self._is_over_time(child):
                 self._time_out(child)
-            asked = child.stop_asked_at
-            if asked is not None and time.monotonic() - asked > self._settings.stop_grace_seconds:
+            if self._is_overdue(child):
                 child.kill()
         self._reap()
+
+    def _is_overdue(self, child: Child) -> bool:
+        asked = child.stop_asked_at
+        return asked is not None and time.monotonic() - asked > self._settings.stop_grace_seconds
 
     def _is_over_time(self, child: Child) -> bool:
         return child.deadline is not None and utcnow() > child.deadline
@@ -203,46 +255,79 @@ class Supervisor:
         """Fill the free slots with the next jobs."""
         busy = {child.device for child in self._children}
         for device in [slot for slot in self._slots if slot not in busy]:
-            if self._stopping or not self._claim_for(device):
+            claimed = self._claim_for(device)
+            if claimed is None:
+                return
+            self._start(claimed, device)
+            if self._stopping or time.monotonic() < self._claim_after:
                 return
 
-    def _claim_for(self, device: Device) -> bool:
-        token = new_token()
-        expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
-        with self._database.write() as session:
-            job = leases.claim_next(session, self._worker.id, token, expires_at)
-            if job is None:
-                return False
-            spec = JobSpec.from_json(job.spec)
-            plan = make_plan(spec, [device])
-            job.plan = plan.model_dump() if plan else None
-            job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
-        self._doorbell.tell(job.id)
+    def _claim_for(self, device: Device) -> Job | None:
+        """The next job that this worker can read, under a new lease and with its plan; None if none waits."""
+        while not self._stopping:
+            expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
+            with self._database.write() as session:
+                job = leases.claim_next(session, self._worker.id, new_token(), expires_at)
+                if job is None:
+                    return None
+                try:
+                    plan = make_plan(JobSpec.from_json(job.spec), [device])
+                except ValidationError as error:
+                    self._refuse(session, job, error)
+                    continue
+                job.plan = plan.model_dump() if plan else None
+                job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
+            return job
+        return None
+
+    def _refuse(self, session: Session, job: Job, error: ValidationError) -> None:
+        """Fail a job whose spec this version does not understand, rather than meet it again for ever."""
+        failure = {
+            "code": FailureCode.INTERNAL_ERROR,
+            "message": f"This worker can't read the job's spec ({error.error_count()} fields).",
+            "advice": "API and worker are of different versions: upgrade both and submit it again.",
+        }
+        set_status(job, JobStatus.FAILED, failure=failure)
+        logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
+        logger.error("Job %s: %s", job.id, error)
+
+    def _start(self, job: Job, device: Device) -> None:
+        token = str(job.lease_token)
         workdir = self._work / job.id / f"{job.attempt}-{token}"
-        workdir.mkdir(parents=True, mode=0o700)
         order = Order(job.id, token, str(workdir), self._settings.model_dump(mode="json"))
-        child = Child(self._child_module, order, device, self._wake.set)
-        if spec.time_limit_seconds is not None and job.started_at is not None:
-            child.deadline = job.started_at + timedelta(seconds=spec.time_limit_seconds)
+        self._doorbell.tell(job.id)
+        try:
+            workdir.mkdir(parents=True, mode=0o700)
+            child = Child(self._child_module, order, device, self._wake.set)
+        except OSError as error:
+            # The disk is full or the machine is out of processes: not the job's fault, and no better at once.
+            logger.error("Job %s could not be started: %s", job.id, error)
+            self._claim_after = time.monotonic() + max(self._settings.retry_seconds, 1)
+            with self._database.write() as session:
+                owned = leases.owned_job(session, job.id, token)
+                leases.give_back(session, owned, f"The worker could not start it ({error.strerror}).")
+            return
+        limit = JobSpec.from_json(job.spec).time_limit_seconds
+        if limit is not None:
+            child.deadline = utcnow() + timedelta(seconds=limit - job.run_seconds)
         self._children.append(child)
         logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, device.name, child.pid)
-        return True
 
     def _sweep(self) -> None:
         """Remove the work folders of jobs that were deleted, and of attempts that nobody runs any more."""
-        folders = [f for f in self._work.iterdir() if JOB_ID.fullmatch(f.name)]
+        folders = [f for f in self._work.iterdir() if f.is_dir() and JOB_ID.fullmatch(f.name)]
         with self._database.read() as session:
-            tokens = leases.tokens(session, [f.name for f in folders])
+            holders = leases.holders(session, [f.name for f in folders])
         for folder in folders:
-            if folder.name not in tokens:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.name not in holders:
+                _remove_in_background(folder)
                 continue
+            _, token = holders[folder.name]
             for attempt in folder.iterdir():
-                current = tokens[folder.name]
-                held = attempt.name == CHECKPOINTS or (current and attempt.name.endswith(f"-{current}"))
+                held = attempt.name == CHECKPOINTS or (token and attempt.name.endswith(f"-{token}"))
                 # A claim that is newer than what was read of it above has a new folder.
                 if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
-                    shutil.rmtree(attempt, ignore_errors=True)
+                    _remove_in_background(attempt)
 
     def _hand_back_all(self) -> None:
         """Stop every child, give their jobs back and sign off."""
@@ -254,6 +339,19 @@ class Supervisor:
             self._wake.clear()
         for child in list(self._children):
             child.kill()
-            self._settle(child, asked=True)
-        with self._database.write() as session:
-            keys.remove_worker(session, self._worker.id)
+            child.await_exit(KILLED_SECONDS)
+            try:
+                self._settle(child, asked=True)
+            except DBAPIError as error:
+                # Its lease runs out by itself.
+                logger.warning("Job %s could not be given back: %s", child.job_id, error.orig)
+        try:
+            with self._database.write() as session:
+                keys.remove_worker(session, self._worker.id)
+        except DBAPIError as error:
+            logger.warning("Could not sign off: %s", error.orig)
+
+
+def _remove_in_background(folder: Path) -> None:
+    """A merged model takes seconds to remove, and nothing waits for it."""
+    threading.Thread(target=shutil.rmtree, args=(folder, True)).start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlmodel import Session, col, delete, select
 
@@ -55,7 +55,8 @@ def revoke_key(session: Session, key_id: int) -> ApiKey:
 
 
 def put_worker(session: Session, worker: WorkerRow) -> None:
-    """Record that a supervisor is alive."""
+    """Record that a supervisor is alive; those not seen for a day are forgotten."""
+    session.exec(delete(WorkerRow).where(col(WorkerRow.seen_at) < worker.seen_at - timedelta(days=1)))
     session.merge(worker)
 
 
@@ -64,6 +65,6 @@ def remove_worker(session: Session, worker_id: str) -> None:
 
 
 def live_workers(session: Session, since: datetime) -> list[WorkerRow]:
-    """Supervisors seen since then; those not seen for longer are forgotten by whoever writes next."""
+    """Supervisors seen since then, the longest running first."""
     statement = select(WorkerRow).where(col(WorkerRow.seen_at) >= since)
     return list(session.exec(statement.order_by(col(WorkerRow.started_at))))

@@ -39,6 +39,7 @@ def claim_next(session: Session, worker: str, token: str, expires_at: datetime) 
         lease_expires_at=expires_at,
         attempt=job.attempt + 1,
         started_at=job.started_at or utcnow(),
+        attempt_started_at=utcnow(),
         progress=None,
     )
     entry = Entry(f"Claimed by worker {worker}.", data={"attempt": job.attempt, "worker": worker})
@@ -107,13 +108,7 @@ def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
 
 
-def statuses(session: Session, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-    """The status of each of these jobs that there is."""
-    rows = session.exec(select(Job.id, Job.status).where(col(Job.id).in_(job_ids)))
-    return {job_id: JobStatus(status) for job_id, status in rows}
-
-
-def tokens(session: Session, job_ids: Sequence[str]) -> dict[str, str | None]:
-    """The lease token of each of these jobs that there is; None where nobody holds one."""
-    rows = session.exec(select(Job.id, Job.lease_token).where(col(Job.id).in_(job_ids)))
-    return dict(rows.all())
+def holders(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[JobStatus, str | None]]:
+    """Status and lease token (None: nobody's) of each of these jobs that there is."""
+    rows = session.exec(select(Job.id, Job.status, Job.lease_token).where(col(Job.id).in_(job_ids)))
+    return {job_id: (JobStatus(status), token) for job_id, status, token in rows}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, Unavailable
 from worker.gpus import find_slots, parse_gpus, probe_gpus
 
-TWO = "0, NVIDIA H100 80GB HBM3, 81559\n1, NVIDIA RTX 4090, 24564\n"
+TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bb22, NVIDIA RTX 4090, 24564\n"
 
 
 @pytest.fixture
@@ -25,13 +25,34 @@ def test_the_drivers_table_is_read() -> None:
     assert (first.index, first.name, first.memory_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
     assert (second.kind, second.index) == ("cuda", 1)
     assert parse_gpus("No devices were found\n") == []
-    assert parse_gpus("0, GPU, [N/A]\n") == []
+    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A]\n")
+    assert shared.memory_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"), [("1", [1]), ("0, 1", [0, 1]), ("GPU-bb22", [1]), ("GPU-aa", [0]), ("7", [])]
+)
+def test_cuda_visible_devices_is_heeded(visible: str, indices: list[int]) -> None:
+    assert [d.index for d in parse_gpus(TWO, visible)] == indices
+
+
+def test_a_driver_that_fails_is_no_reason_to_train_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Driver/library version mismatch'\nexit 18\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+    with pytest.raises(Unavailable, match="version mismatch"):
+        find_slots(None, None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [s.kind for s in find_slots(None, None)] == ["cpu"]
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_every_gpu_is_a_slot_unless_some_are_named() -> None:
     assert [s.index for s in find_slots(None, None)] == [0, 1]
-    assert [s.index for s in find_slots([1], None)] == [1]
+    assert [s.index for s in find_slots([1, 1], None)] == [1]
     assert [s.index for s in find_slots(None, 1)] == [0]
     with pytest.raises(InvalidRequest, match=r"no GPU 7.*\[0, 1\]"):
         find_slots([7], None)

@@ -83,6 +83,8 @@ def _create_roots() -> None:
         sa.Column("failure", sa.JSON(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("losses", sa.Integer(), nullable=False),
+        sa.Column("run_seconds", sa.Float(), nullable=False),
+        sa.Column("attempt_started_at", UtcDateTime(), nullable=True),
         sa.Column("last_seq", sa.BigInteger(), nullable=False),
         sa.Column("worker", sa.String(), nullable=True),
         sa.Column("lease_token", sa.String(), nullable=True),
