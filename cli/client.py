@@ -44,6 +44,8 @@ class Client:
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            # A proxy of the environment can't reach this machine's own addresses.
+            trust_env=not is_loopback(self.url),
         )
 
     def __enter__(self) -> Self:
@@ -124,9 +126,14 @@ class Client:
     def _fetch(self, path: str, partial: Path, sha256: str) -> None:
         have = partial.stat().st_size if partial.exists() else 0
         headers = {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'} if have else {}
-        with self._stream("GET", path, headers=headers) as answer:
-            resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
-            _write_chunks(partial, answer, append=resumed)
+        try:
+            with self._stream("GET", path, headers=headers) as answer:
+                resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
+                _write_chunks(partial, answer, append=resumed)
+        except httpx.TransportError as error:
+            raise ConnectionFailed(
+                f"The download broke off: {error}. The same command goes on where it was."
+            ) from error
         with partial.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
                 return
@@ -181,6 +188,12 @@ def _write_chunks(path: Path, answer: httpx.Response, *, append: bool) -> None:
     with path.open("ab" if append else "wb") as file:
         for chunk in answer.iter_bytes(1 << 20):
             file.write(chunk)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the URL's host is this machine."""
+    host = httpx.URL(url).host
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class _Stream:

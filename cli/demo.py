@@ -28,6 +28,7 @@ SYSTEM = (
 )
 QUESTION = "Where is my parcel TY-20417?"
 ANSWER_SECONDS = 60
+MADE_BY = "tuneyard demo"
 
 SPEC: dict[str, Any] = {
     "name": "demo",
@@ -42,7 +43,7 @@ SPEC: dict[str, Any] = {
         "logging_steps": 1,
     },
     "exports": ["adapter", "gguf:q4_k_m"],
-    "metadata": {"made-by": "tuneyard demo"},
+    "metadata": {"made-by": MADE_BY},
 }
 
 console = Console()
@@ -78,6 +79,10 @@ def demo(
 
 
 def _run_job(client: Client, folder: Path) -> list[Path]:
+    # What an interrupted demo left: it would run first.
+    for status in ("queued", "running"):
+        for left in client.jobs(status=status, **{"metadata[made-by]": MADE_BY})["data"]:
+            client.cancel(left["id"])
     uploaded = client.upload(DATA)
     if uploaded["status"] == "error":
         raise TuneyardError(f"The demo's data set was refused: {uploaded['error']}")

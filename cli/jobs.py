@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from cli.connect import connect
 from cli.render import Follower, human_bytes, human_seconds, log_line, table
 from shared.errors import InvalidRequest
 from shared.ids import DATASET_ID
-from shared.spec import DEFAULT_MODEL
+from shared.spec import DEFAULT_MODEL, HUB_ID
 
 Json = dict[str, Any]
 JobId = Annotated[str, typer.Argument(help="A job's id, ftjob-….")]
@@ -216,6 +216,8 @@ def _dataset(client: Client, name: str) -> Json:
     if DATASET_ID.fullmatch(name):
         return {"source": "file", "file_id": name}
     if not Path(name).is_file():
+        if not HUB_ID.fullmatch(name):
+            raise InvalidRequest(f"There is no file {name}, and it is no hub id (owner/name) either.")
         return {"source": "hub", "id": name}
     uploaded = client.upload(Path(name))
     if uploaded["status"] == "error":
@@ -228,13 +230,17 @@ def _assign(spec: Json, assignment: str) -> None:
     if not equals:
         raise InvalidRequest(f"{assignment}: write FIELD=VALUE, as in training.max_steps=100.")
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except ValueError:
         value = text  # A bare word is a string: --set priority=low.
     *parents, last = field.split(".")
     for parent in parents:
         spec = spec.setdefault(parent, {})
     spec[last] = value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise InvalidRequest(f"{name} is no number that a job can have.")
 
 
 def _steps(job: Json) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
 
 from cli import datasets, demo, jobs, keys, serve
 from cli.client import ApiError, ConnectionFailed
@@ -42,13 +45,23 @@ def main() -> None:
     """Run the command; an error that we know ends it with one line and exit code 1."""
     try:
         app()
-    except (ApiError, ConnectionFailed, TuneyardError) as error:
-        Console(stderr=True).print(
-            f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(1)
+    except ValidationError as error:
+        # Settings: the only pydantic model that a command builds from what its user wrote.
+        wrong = (f"TUNEYARD_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        _fail("; ".join(wrong))
+    except SQLAlchemyError as error:
+        _fail(f"The database can't be used: {str(error).splitlines()[0]}")
+    except (ApiError, ConnectionFailed, TuneyardError, OSError) as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(
+        f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import httpx
 from filelock import FileLock, Timeout
 
 from shared.database import Database
-from shared.errors import TuneyardError, Unavailable
+from shared.errors import TuneyardError
 from shared.repository import keys
 from shared.settings import Settings, ensure_private_dir
 from shared.valkey import EmbeddedValkey
@@ -24,6 +24,7 @@ from shared.valkey import EmbeddedValkey
 READY_SECONDS = 60.0
 WATCH_SECONDS = 0.2
 RESTART_SECONDS = 1.0
+VALKEY_RETRY_SECONDS = 10.0
 # Longer than the API itself gives to open downloads, and than a supervisor needs after its grace time.
 STOP_SECONDS = 12.0
 BACKLOG = 2048
@@ -63,8 +64,8 @@ class ProcessTree:
                 "a folder of its own with --data-dir."
             ) from None
         self._socket = _listen(self._settings.host, self._settings.port)
-        host, port = self._socket.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        port = self._socket.getsockname()[1]
+        url = f"http://{reachable(self._settings.host)}:{port}"
         make_local_key(self._settings)
         if self._settings.redis_url is None:
             self._valkey = EmbeddedValkey(self._settings.valkey_socket(), self._settings.root / "valkey")
@@ -72,7 +73,7 @@ class ProcessTree:
         self._api = self._start_api()
         if self._with_worker:
             self._worker = self._start_worker()
-        if not self._await_ready(port):
+        if not self._await_ready(url):
             return None
         self._settings.server_url_file.write_text(url + "\n", encoding="utf-8")
         self._ready = True
@@ -82,14 +83,21 @@ class ProcessTree:
         """Bring back what dies, until asked to stop."""
         while not self._stopping.wait(WATCH_SECONDS):
             if self._valkey is not None and not self._valkey.is_running():
-                with contextlib.suppress(Unavailable):
-                    self._valkey.start()
+                self._restart_valkey(self._valkey)
             if self._api is not None and self._api.poll() is not None:
                 self._stopping.wait(RESTART_SECONDS)
                 self._api = self._start_api()
             if self._worker is not None and self._worker.poll() is not None:
                 self._stopping.wait(RESTART_SECONDS)
                 self._worker = self._start_worker()
+
+    def _restart_valkey(self, valkey: EmbeddedValkey) -> None:
+        try:
+            valkey.start()
+        except (TuneyardError, OSError) as error:
+            # Jobs go on without it: the database is looked into every few seconds.
+            print(f"Valkey does not start again: {error}", file=sys.stderr, flush=True)
+            self._stopping.wait(VALKEY_RETRY_SECONDS)
 
     def stop(self) -> None:
         """Ask `start` and `watch` to return. Takes a lock: for a thread, not for a signal handler."""
@@ -132,20 +140,24 @@ class ProcessTree:
                 start_new_session=True,
             )
 
-    def _await_ready(self, port: int) -> bool:
+    def _await_ready(self, url: str) -> bool:
         deadline = time.monotonic() + READY_SECONDS
-        host = self._settings.host
-        address = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
-        address = f"[{address}]" if ":" in address else address
         while not self._stopping.wait(0.05):
             if self._api is not None and self._api.poll() is not None:
                 raise TuneyardError("The API did not start: see the messages above.")
             if time.monotonic() > deadline:
                 raise TuneyardError(f"The API did not answer within {READY_SECONDS:.0f} s.")
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{address}:{port}/healthz", timeout=1).is_success:
+                # No proxy of the environment: it can't reach this machine's own addresses.
+                if httpx.get(f"{url}/healthz", timeout=1, trust_env=False).is_success:
                     return True
         return False
+
+
+def reachable(host: str) -> str:
+    """The host by which this machine reaches a server that listens on `host`, as a URL has it."""
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared
+    return f"[{own}]" if ":" in own else own
 
 
 def make_local_key(settings: Settings) -> None:

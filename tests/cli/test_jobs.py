@@ -147,6 +147,8 @@ def test_estimate_and_datasets(tuneyard: Run) -> None:
         (("show", "ftjob-" + "0" * 24), "job"),
         (("submit", "--set", "training.lr=1"), "training.lr"),
         (("submit", "--set", "nothing"), "FIELD=VALUE"),
+        (("submit", "--set", "training.learning_rate=NaN"), "NaN is no number"),
+        (("submit", "--dataset", "/nonexistent/rows.jsonl"), "There is no file"),
         (("jobs", "--status", "odd"), "status"),
         (("download", "ftjob-" + "0" * 24), "job"),
     ],
@@ -174,3 +176,25 @@ def test_without_a_server_or_a_key_it_says_what_to_do(tuneyard: Run, tmp_path: P
     wrong = tuneyard("jobs", TUNEYARD_API_KEY="ty-wrong")
     assert wrong.returncode == 1
     assert "not known" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("TUNEYARD_PORT", "abc", "TUNEYARD_PORT"),
+        ("TUNEYARD_DATABASE_URL", "nonsense", "database"),
+        ("TUNEYARD_DATA_DIR", "/proc/nobody", "/proc/nobody"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_clear_line(
+    tuneyard: Run, setting: str, value: str, said: str
+) -> None:
+    done = tuneyard("keys", "list", **{setting: value})
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_proxy_in_the_environment_does_not_stand_between(tuneyard: Run) -> None:
+    done = tuneyard("jobs", HTTP_PROXY="http://127.0.0.1:1", http_proxy="http://127.0.0.1:1")
+    assert done.returncode == 0, done.stderr

@@ -163,3 +163,14 @@ def test_a_port_that_is_taken_is_named(served: Served, tmp_path: Path) -> None:
     port = served.ready().rsplit(":", 1)[1]
     said = refused("--port", port, "--data-dir", str(tmp_path / "other"))
     assert f"Can't listen on 127.0.0.1:{port}" in said
+
+
+def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
+    served = Served(tmp_path / "data", "--host", "0.0.0.0", "--no-worker", HTTP_PROXY="http://127.0.0.1:1")
+    url = served.ready()
+    assert url.startswith("http://127.0.0.1:")
+    assert served.answers(url, "/jobs")
+    served.process.terminate()
+    assert served.process.wait(20) == 0
+    if served.process.stdout is not None:
+        served.process.stdout.close()
