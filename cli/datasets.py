@@ -1,4 +1,4 @@
-"""`tuneyard datasets`: uploaded data files."""
+"""`tuneyard datasets`: data files, uploaded ones and those of this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from cli.connect import connect
+from cli.inspect import inspect
 from cli.render import human_bytes, table
 
-app = typer.Typer(no_args_is_help=True, help="Upload, list, show and delete data files.")
+app = typer.Typer(no_args_is_help=True, help="Upload, list, show, delete and inspect data files.")
+app.command()(inspect)
 console = Console()
 
 DatasetId = Annotated[str, typer.Argument(help="A dataset's id, file-….")]

@@ -98,6 +98,7 @@ REASONS: dict[str, str] = {
     "invalid_weight": "a weight other than 0 and 1",
     "unparsable_call": "a function call that can't be read with certainty",
     "duplicate": "the same conversation as an earlier row",
+    "in_validation": "also in the validation data, so it must not be trained on",
     "nothing_to_train_on": "no assistant turn with text",
     "not_rendered": "the model's chat template can't render it faithfully",
     "too_long": "more tokens than max_seq_length",

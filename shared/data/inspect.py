@@ -1,4 +1,4 @@
-"""What can be said about a data file without a model: used when it is uploaded."""
+"""What can be said about a data file without a model: used when it is uploaded, and by `datasets inspect`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.data.chatml import render
+from shared.data.chatml import TrainOn, render
 from shared.data.conversation import Conversation, Dropped
-from shared.data.formats import conversations
+from shared.data.formats import conversations, parse_row
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally
 from shared.errors import DatasetError
@@ -24,7 +24,7 @@ class DatasetReport:
 
     Attributes:
         characters: of all usable rows as ChatML.
-        trained_characters: of those, what `train_on: assistant` trains.
+        trained_characters: of those, what is trained.
         quantiles: characters of one row, by quantile (`"p50"`, …, `"max"`).
     """
 
@@ -44,16 +44,18 @@ class DatasetReport:
         }
 
 
-def inspect_file(path: Path, data_format: str = "auto") -> DatasetReport:
+def inspect_file(path: Path, data_format: str = "auto", train_on: TrainOn = "assistant") -> DatasetReport:
     """Reads the whole file once.
 
     Raises:
         DatasetError: a file that can't be used at all: not readable, no known format, no usable row.
     """
-    return inspect_rows(read_rows(path), data_format)
+    return inspect_rows(read_rows(path), data_format, train_on)
 
 
-def inspect_rows(rows: Iterable[Row], data_format: str = "auto") -> DatasetReport:
+def inspect_rows(
+    rows: Iterable[Row], data_format: str = "auto", train_on: TrainOn = "assistant"
+) -> DatasetReport:
     """As `inspect_file`, for rows from anywhere."""
     found, parsed = conversations(rows, data_format)
     tally = Tally()
@@ -67,7 +69,7 @@ def inspect_rows(rows: Iterable[Row], data_format: str = "auto") -> DatasetRepor
         if isinstance(usable, Dropped):
             tally.drop(usable)
             continue
-        spans = render(usable)
+        spans = render(usable, train_on)
         trained = sum(len(span.text) for span in spans if span.trained)
         if not trained:
             tally.drop(Dropped("nothing_to_train_on", usable.line))
@@ -79,6 +81,32 @@ def inspect_rows(rows: Iterable[Row], data_format: str = "auto") -> DatasetRepor
     check_usable(tally)
     total = sum(length * count for length, count in lengths.items())
     return DatasetReport(found, tally, total, trained_characters, _quantiles(lengths))
+
+
+def first_usable(path: Path, data_format: str, train_on: TrainOn = "assistant") -> Conversation:
+    """The first row that `inspect_file` counts as used.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    for row in conversations(read_rows(path), data_format)[1]:
+        if isinstance(row, Conversation) and any(s.trained and s.text for s in render(row, train_on)):
+            return row
+    raise DatasetError("The file holds no row that can be used.")
+
+
+def row_at(path: Path, data_format: str, line: int) -> Conversation | Dropped:
+    """The row with this number in reports: a line (JSONL, CSV), or a place (JSON array, Parquet).
+
+    Raises:
+        DatasetError: no row begins there, or the file is broken before.
+    """
+    for number, row in read_rows(path):
+        if number == line:
+            return parse_row(row, data_format, line)
+        if number > line:
+            break
+    raise DatasetError(f"No row begins at line {line}.", line)
 
 
 def unique(row: Conversation | Dropped, seen: set[int]) -> Conversation | Dropped:

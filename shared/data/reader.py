@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         start = file.read(8)
     if start.startswith(PARQUET_MAGIC):
         for number, row in parquet_rows(path):
-            yield number, _checked(row, f"Row {number}", number, "")
+            yield number, _checked(row, f"row {number}", number, "")
         return
     chunks = unpacked(path)
     start, skipped = _first_text(chunks)
@@ -106,11 +106,11 @@ def _json_lines(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DatasetError(
-                f"Line {number} isn't valid JSON: {error.msg} (column {error.colno}).", number
+                f"Not valid JSON at line {number}: {error.msg} (column {error.colno}).", number
             ) from None
         except (ValueError, RecursionError) as error:
-            raise _unreadable(f"Line {number}", error, number) from None
-        yield number, _checked(row, f"Line {number}", number, line)
+            raise _unreadable(f"line {number}", error, number) from None
+        yield number, _checked(row, f"line {number}", number, line)
 
 
 def _json_array(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
@@ -128,7 +128,7 @@ def _json_array(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
         number += 1
         line = buffer.line
         row, text = buffer.value(number)
-        yield number, _checked(row, f"Row {number} (line {line})", line, text)
+        yield number, _checked(row, f"row {number} (line {line})", line, text)
     buffer.skip(1)
     if buffer.peek():
         raise buffer.broken("something follows the array's end")
@@ -174,14 +174,14 @@ class _Buffer:
                 # Broken, or not all there yet: each attempt has twice the text of the one before.
                 wanted = max(wanted, 2 * (len(self._text) - self._at))
                 if len(self._text) - self._at > MAX_ROW_BYTES:
-                    raise _too_long(self.line, f"Row {number} (line {self.line})") from None
+                    raise _too_long(self.line, f"row {number} (line {self.line})") from None
                 if not self._more(wanted):
                     raise DatasetError(
-                        f"Row {number} of the array isn't valid JSON: {error.msg} (line {line}).", line
+                        f"Not valid JSON in row {number} of the array, at line {line}: {error.msg}.", line
                     ) from None
                 continue
             except (ValueError, RecursionError) as error:
-                raise _unreadable(f"Row {number} (line {self.line})", error, self.line) from None
+                raise _unreadable(f"row {number} (line {self.line})", error, self.line) from None
             text = self._text[self._at : end]
             self.skip(end - self._at)
             return value, text
@@ -228,13 +228,14 @@ def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
                 continue
             if len(cells) != len(names):
                 raise DatasetError(
-                    f"Line {number} has {len(cells)} cells, but the header has {len(names)}.", number
+                    f"The row at line {number} has {len(cells)} cells, but the header has {len(names)}.",
+                    number,
                 )
             row = dict(zip(names, cells, strict=True))
-            yield number, _checked(row, f"Line {number}", number, "")
+            yield number, _checked(row, f"line {number}", number, "")
     except csv.Error as error:
         number = skipped + reader.line_num
-        raise DatasetError(f"Line {number} isn't valid CSV: {error}.", number) from None
+        raise DatasetError(f"Not valid CSV at line {number}: {error}.", number) from None
 
 
 def _every_line(chunks: Iterable[bytes], skipped: int) -> Iterator[str]:
@@ -253,7 +254,7 @@ def _every_line(chunks: Iterable[bytes], skipped: int) -> Iterator[str]:
 
 def _checked(row: Any, where: str, line: int, text: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DatasetError(f"{where} is not a JSON object but {_KINDS.get(type(row), 'null')}.", line)
+        raise DatasetError(f"Not a JSON object but {_KINDS.get(type(row), 'null')} at {where}.", line)
     # Only a text with many brackets can be deep: the walk is rarely needed.
     if not text or text.count("[") + text.count("{") > MAX_DEPTH:
         level: list[Any] = [row]
@@ -267,7 +268,7 @@ def _checked(row: Any, where: str, line: int, text: str) -> dict[str, Any]:
             if not level:
                 break
         else:
-            raise DatasetError(f"{where} is nested more than {MAX_DEPTH} levels deep.", line)
+            raise DatasetError(f"Nested more than {MAX_DEPTH} levels deep at {where}.", line)
     return row
 
 
@@ -280,21 +281,22 @@ def _decoded(line: bytes, number: int) -> str:
 
 def _not_utf8(error: UnicodeDecodeError, line: int) -> DatasetError:
     byte = error.object[error.start]
-    return DatasetError(f"Line {line} isn't UTF-8 text (byte 0x{byte:02x}): save the file as UTF-8.", line)
+    return DatasetError(f"Not UTF-8 text at line {line} (byte 0x{byte:02x}): save the file as UTF-8.", line)
 
 
 def _too_long(line: int, where: str = "") -> DatasetError:
     limit = MAX_ROW_BYTES // 2**20
     return DatasetError(
-        f"{where or f'Line {line}'} is longer than {limit} MiB, the most that a row may have.", line
+        f"The row at {where or f'line {line}'} is longer than {limit} MiB, the most that a row may have.",
+        line,
     )
 
 
 def _unreadable(where: str, error: Exception, line: int) -> DatasetError:
     deep = isinstance(error, RecursionError)
     return DatasetError(
-        f"{where} is nested more than {MAX_DEPTH} levels deep."
+        f"Nested more than {MAX_DEPTH} levels deep at {where}."
         if deep
-        else f"{where} can't be read: {error}.",
+        else f"The row at {where} can't be read: {error}.",
         line,
     )

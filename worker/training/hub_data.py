@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from shared.data.reader import Row
@@ -12,27 +12,32 @@ from shared.lifecycle import FailureCode
 from shared.spec import HubDataset
 
 BATCH_ROWS = 256
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_rows(dataset: HubDataset, revision: str) -> Iterator[Row]:
-    """The rows at a commit, with 1-based numbers.
+    """The rows at a commit, with 1-based numbers; without network those loaded last, if of that commit.
 
     Raises:
         JobFailure: `invalid_dataset` where the split or config isn't there or the files can't be read.
     """
     import datasets
-    from httpx import HTTPError
+    from datasets.packaged_modules.cache.cache import Cache
+    from httpx import HTTPError, TransportError
 
-    if Path(dataset.id).exists():
-        # load_dataset would take the folder, whatever is in it.
-        raise _failure(
-            f"The worker's own folder holds something named {dataset.id}, which would be taken for it.",
-            "Start the worker in another folder.",
-        )
     try:
-        loaded = datasets.load_dataset(
-            dataset.id, name=dataset.config, revision=revision, split=dataset.split
+        # With the prefix no folder that happens to have that name is taken for it.
+        builder = datasets.load_dataset_builder(
+            f"hf://datasets/{dataset.id}", name=dataset.config, revision=revision
         )
+        # Where the hub can't be asked, datasets takes whichever revision and config it has kept.
+        kept = isinstance(builder, Cache)
+        if builder.hash != revision or (kept and builder.config.name != (dataset.config or "default")):
+            raise ConnectionError("only another revision or config is on this machine")
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(split=dataset.split)
+    except (ConnectionError, TransportError) as error:
+        raise _unreachable(dataset, error) from error
     except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         # Splits and configs that are not there, scripts, damaged files: datasets names what it wanted.
         raise _failure(
@@ -43,12 +48,12 @@ def hub_rows(dataset: HubDataset, revision: str) -> Iterator[Row]:
 
 
 def resolved_revision(dataset: HubDataset) -> str:
-    """The commit that the data set's revision stands for now.
+    """The commit that the data set's revision stands for now; a commit stands for itself without network too.
 
     Raises:
         JobFailure: `invalid_dataset` where there is no such data set or revision, no access or no network.
     """
-    from httpx import HTTPError
+    from httpx import HTTPError, TransportError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -60,6 +65,9 @@ def resolved_revision(dataset: HubDataset) -> str:
 
     try:
         found = HfApi().dataset_info(dataset.id, revision=dataset.revision, timeout=30)
+        if found.gated:
+            # What a gated data set is may be read by everybody, its rows may not.
+            HfApi().auth_check(dataset.id, repo_type="dataset")
     except GatedRepoError as error:
         raise _failure(
             f"The data set {dataset.id} is gated: this worker's hub account has no access to it.",
@@ -75,11 +83,12 @@ def resolved_revision(dataset: HubDataset) -> str:
             f"The hub has no data set {dataset.id}, or it is private.",
             "Check the id; for a private one set HF_TOKEN on the worker.",
         ) from error
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise _failure(
-            f"The hub could not be reached for the data set {dataset.id}: {_first_line(error)}",
-            "Check the worker's network, or upload the data as a file.",
-        ) from error
+    except (OfflineModeIsEnabled, TransportError) as error:
+        if dataset.revision and _COMMIT.fullmatch(dataset.revision):
+            return dataset.revision
+        raise _unreachable(dataset, error) from error
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise _unreachable(dataset, error) from error
     return str(found.sha)
 
 
@@ -95,6 +104,13 @@ def _numbered(loaded: Any) -> Iterator[Row]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def _unreachable(dataset: HubDataset, error: BaseException) -> JobFailure:
+    return _failure(
+        f"The hub could not be reached for the data set {dataset.id}: {_first_line(error)}",
+        "Check the worker's network, or upload the data as a file.",
+    )
 
 
 def _failure(message: str, advice: str) -> JobFailure:

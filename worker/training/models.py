@@ -136,12 +136,13 @@ def _hub_model(spec: JobSpec) -> ResolvedModel:
     names = [file.rfilename for file in info.siblings or ()]
     if not any(name.endswith(".safetensors") for name in names):
         unavailable(f"{spec.model} has no safetensors weights on the hub.", "Choose a model that has them.")
-    path = _download(spec.model, str(info.sha), SMALL_FILES)
+    # By its name, so that the name is remembered for a time without network; the commit is the snapshot's.
+    path = _download(spec.model, spec.model_revision, SMALL_FILES)
     stated = info.card_data.get("license") if info.card_data else None
     return ResolvedModel(
         spec.model,
         path,
-        revision=str(info.sha),
+        revision=path.name,
         license=str(stated) if stated else None,
         config=_config(spec.model, path),
         complete=False,
@@ -155,19 +156,37 @@ def _cached_model(spec: JobSpec, error: Exception) -> ResolvedModel:
 
     try:
         path = Path(
-            huggingface_hub.snapshot_download(spec.model, revision=spec.model_revision, local_files_only=True)
+            huggingface_hub.snapshot_download(
+                spec.model,
+                revision=spec.model_revision,
+                # What else the repository holds was left there.
+                allow_patterns=[*SMALL_FILES, *WEIGHT_FILES],
+                ignore_patterns=DUPLICATES,
+                local_files_only=True,
+            )
         )
     except LocalEntryNotFoundError:
         _explain_hub(spec.model, error)
-    if not any(path.glob("*.safetensors")):
+    if not _has_weights(path):
         _explain_hub(spec.model, error)
-    # A snapshot's folder is named for its commit.
     return ResolvedModel(
         spec.model, path, revision=path.name, license=_stated_license(path), config=_config(spec.model, path)
     )
 
 
-def _download(model_id: str, revision: str, patterns: list[str]) -> Path:
+def _has_weights(path: Path) -> bool:
+    """Whether all safetensors are there: a download may have been broken off between two of them."""
+    try:
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return all((path / name).is_file() for name in index["weight_map"].values())
+    except FileNotFoundError:
+        return any(path.glob("*.safetensors"))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Download these files of a revision; returns the snapshot's folder, which is named for its commit."""
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -196,7 +215,11 @@ def _explain_hub(model_id: str, error: Exception) -> NoReturn:
             error,
         )
     if isinstance(error, RepositoryNotFoundError):
-        unavailable(f"There is no model {model_id} on the hub, or it is private.", "Check the id.", error)
+        unavailable(
+            f"There is no model {model_id} on the hub, or it is private.",
+            "Check the id; for a private one give the worker its owner's token as HF_TOKEN.",
+            error,
+        )
     if isinstance(error, RevisionNotFoundError):
         unavailable(f"{model_id} has no such revision on the hub.", "Check model_revision.", error)
     unavailable(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from shared.data.chatml import render
+from shared.data.conversation import Dropped
 from shared.data.formats import parse_row
-from shared.data.inspect import inspect_file
+from shared.data.inspect import first_usable, inspect_file, row_at
 from shared.errors import DatasetError
 
 
@@ -110,3 +111,26 @@ def test_hostile_rows_are_read_in_time(tmp_path: Path) -> None:
     assert inspected(tmp_path / "rows", glaive)["rows_used"] == 1
     assert time.monotonic() - began < 20
     assert report["rows_read"] == 6
+
+
+def test_everything_is_trained_on_where_that_is_asked_for(tmp_path: Path) -> None:
+    question = {"messages": [{"role": "user", "content": "q"}]}
+    (tmp_path / "rows").write_text(json.dumps(question), encoding="utf-8")
+    with pytest.raises(DatasetError, match="no assistant turn with text"):
+        inspect_file(tmp_path / "rows")
+    report = inspect_file(tmp_path / "rows", train_on="all")
+    assert report.trained_characters == report.characters > 0
+
+
+def test_rows_are_found_by_the_numbers_of_the_report(tmp_path: Path) -> None:
+    rows = [{"messages": []}, chat("a", ""), chat("b", "c"), chat("d", "e")]
+    (tmp_path / "lines").write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    (tmp_path / "array").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    for name, third in (("lines", 5), ("array", 3)):
+        file = tmp_path / name
+        assert first_usable(file, "messages") == row_at(file, "messages", third)
+        assert row_at(file, "messages", third) == parse_row(rows[2], "messages", third)
+        assert row_at(file, "messages", 1) == Dropped("empty", 1)
+    for absent in (2, 8):
+        with pytest.raises(DatasetError, match=f"No row begins at line {absent}"):
+            row_at(tmp_path / "lines", "messages", absent)

@@ -79,26 +79,26 @@ def test_empty_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     [
         (b"", None, "empty"),
         (b" \n\n\t\n", None, "empty"),
-        (jsonl(ROWS[:6]) + b'{"a": }\n' + jsonl(ROWS), 7, r"Line 7 isn't valid JSON: .* \(column 7\)"),
-        (jsonl(ROWS[:1]) + b"[1]\n", 2, "Line 2 is not a JSON object but an array"),
-        (jsonl(ROWS[:1]) + b"null\n", 2, "Line 2 is not a JSON object but null"),
-        (jsonl(ROWS[:1]) + b'{"a": "\xe9"}\n', 2, "Line 2 isn't UTF-8 text .byte 0xe9."),
-        (jsonl(ROWS[:1]) + b'{"a": 1' + b"0" * 5000 + b"}\n", 2, "Line 2 can't be read"),
+        (jsonl(ROWS[:6]) + b'{"a": }\n' + jsonl(ROWS), 7, r"Not valid JSON at line 7: .* \(column 7\)"),
+        (jsonl(ROWS[:1]) + b"[1]\n", 2, "Not a JSON object but an array at line 2"),
+        (jsonl(ROWS[:1]) + b"null\n", 2, "Not a JSON object but null at line 2"),
+        (jsonl(ROWS[:1]) + b'{"a": "\xe9"}\n', 2, "Not UTF-8 text at line 2 .byte 0xe9."),
+        (jsonl(ROWS[:1]) + b'{"a": 1' + b"0" * 5000 + b"}\n", 2, "The row at line 2 can't be read"),
         (jsonl(ROWS[:1]) + b'{"a": "x\0y"}\n', None, "binary"),
-        (b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", 1, "Line 1 is nested more than 100 levels deep"),
-        (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", 1, "nested more than 100 levels deep"),
-        (b'[{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}]", 1, "nested more than 100 levels deep"),
-        (b'[\n{"a": 1},\n{"a": }\n]', 3, r"Row 2 of the array isn't valid JSON"),
+        (b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", 1, "Nested more than 100 levels deep at line 1"),
+        (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}\n", 1, "Nested more than 100 levels deep"),
+        (b'[{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}]", 1, "Nested more than 100 levels deep"),
+        (b'[\n{"a": 1},\n{"a": }\n]', 3, "Not valid JSON in row 2 of the array, at line 3: "),
         (b'[{"a": 1}\n{"a": 2}]', 2, "wanted ',' or ']' after row 1"),
-        (b'[{"a": 1},\n{"a"', 2, "Row 2 of the array"),
-        (b'[{"a": 1},', 1, "Row 2 of the array"),
+        (b'[{"a": 1},\n{"a"', 2, "row 2 of the array, at line"),
+        (b'[{"a": 1},', 1, "row 2 of the array, at line"),
         (b'[{"a": 1}] x', 1, "something follows"),
-        (b'[{"a": 1}, 5]', 1, "not a JSON object but a number"),
+        (b'[{"a": 1}, 5]', 1, "Not a JSON object but a number at row 2 .line 1."),
         ("[{'a': \"\xe9\"}]".encode("latin-1"), 1, "UTF-8"),
         ('{"a": 1}'.encode("utf-16"), None, "UTF-16"),
         (b"just a line of text\n", 1, "neither JSON nor a CSV"),
-        (b'a,b\n1,2\n3\n', 3, "Line 3 has 1 cells, but the header has 2"),
-        (b'a,b\n1,"2\n', 2, "isn't valid CSV"),
+        (b'a,b\n1,2\n3\n', 3, "The row at line 3 has 1 cells, but the header has 2"),
+        (b'a,b\n1,"2\n', 2, "Not valid CSV at line 2: "),
         (b"PK\x03\x04zip", None, "zip archive"),
         (b"%PDF-1.7", None, "PDF"),
         (b"\x7fELF\0\0\0", None, "binary"),
@@ -117,7 +117,7 @@ def test_rows_before_the_broken_one_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(jsonl(ROWS[:3]) + b"{\n")
     rows = read_rows(tmp_path / "file")
     assert [next(rows)[0] for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(DatasetError, match="Line 4"):
+    with pytest.raises(DatasetError, match="line 4"):
         next(rows)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.worker.training.data_hub import OLD_SHA, ROWS, SHA, hub
+from tests.worker.training.data_hub import OLD_SHA, ROWS, SHA, ask, hub
 
-# The hub's address is read when its library is imported: a process of its own asks for all of these.
+# Nobody listens on the discard port.
+NOBODY = "http://127.0.0.1:9"
 WANTED: dict[str, dict[str, Any]] = {
     "newest": {"id": "team/chats"},
     "revision": {"id": "team/chats", "revision": "old"},
@@ -23,6 +20,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "no config": {"id": "team/chats", "config": "other"},
     "missing": {"id": "nobody/nothing"},
     "gated": {"id": "team/gated"},
+    "gated rows": {"id": "team/asks"},
     "folder": {"id": "team/folder"},
 }
 SCRIPT = """
@@ -42,34 +40,20 @@ print(json.dumps(answers))
 """
 
 
-def ask(wanted: dict[str, dict[str, Any]], endpoint: str, folder: Path) -> dict[str, Any]:
+def ask_for(
+    wanted: dict[str, dict[str, Any]], endpoint: str, folder: Path, prelude: str = "", **more: str
+) -> dict[str, Any]:
     (folder / "team" / "folder").mkdir(parents=True, exist_ok=True)
     (folder / "team" / "folder" / "train.jsonl").write_text(
         '{"text": "not from the hub"}\n', encoding="utf-8"
     )
-    root = str(Path(__file__).resolve().parents[3])
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": root,
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(wanted)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    return ask(prelude + SCRIPT, wanted, endpoint, folder, **more)
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     with hub() as (address, asked):
-        found = ask(WANTED, address, tmp_path_factory.mktemp("hub"))
+        found = ask_for(WANTED, address, tmp_path_factory.mktemp("hub"))
         yield {**found, "asked": asked}
 
 
@@ -92,7 +76,7 @@ def test_rows_and_the_commit_that_was_used(answers: dict[str, Any]) -> None:
         ("no config", "'other' not found"),
         ("missing", "has no data set nobody/nothing, or it is private"),
         ("gated", "is gated"),
-        ("folder", "The worker's own folder holds something named team/folder"),
+        ("gated rows", "is gated"),
     ],
 )
 def test_what_is_not_there_is_said_clearly(answers: dict[str, Any], name: str, message: str) -> None:
@@ -101,8 +85,32 @@ def test_what_is_not_there_is_said_clearly(answers: dict[str, Any], name: str, m
     assert answers[name]["advice"]
 
 
+def test_a_folder_of_that_name_is_not_taken_for_it(answers: dict[str, Any]) -> None:
+    assert answers["folder"] == answers["newest"]
+
+
 def test_no_network(tmp_path: Path) -> None:
-    # Nobody listens on the discard port.
-    found = ask({"any": {"id": "team/chats"}}, "http://127.0.0.1:9", tmp_path)["any"]
+    found = ask_for({"any": {"id": "team/chats"}}, NOBODY, tmp_path)["any"]
     assert found["code"] == "invalid_dataset"
     assert "could not be reached" in found["message"]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_network_a_commit_that_was_loaded_serves_on(tmp_path: Path, offline: bool) -> None:
+    with hub() as (address, _):
+        loaded = ask_for({"rows": {"id": "team/chats"}}, address, tmp_path)["rows"]
+    wanted = {
+        "commit": {"id": "team/chats", "revision": SHA},
+        "other": {"id": "team/chats", "revision": OLD_SHA},
+        "branch": {"id": "team/chats", "revision": "main"},
+        "config": {"id": "team/chats", "revision": SHA, "config": "other"},
+    }
+    # The hub's library tries for half a minute where it isn't told that there is no network.
+    impatient = "import time; time.sleep = lambda seconds: None\n"
+    found = ask_for(wanted, NOBODY, tmp_path, impatient, **({"HF_HUB_OFFLINE": "1"} if offline else {}))
+    assert found["commit"] == loaded
+    assert found["config"]["code"] == "invalid_dataset"
+    for name in ("other", "branch"):
+        # Never the rows of another revision.
+        assert found[name]["code"] == "invalid_dataset"
+        assert "could not be reached" in found[name]["message"]
