@@ -116,7 +116,7 @@ def _tokens_and_rows(spec: JobSpec, report: dict[str, Any] | None) -> tuple[int 
     if report is None:
         return None, None
     usable = int(report["rows_used"])
-    used = min(usable, spec.max_samples or usable)
+    used = math.ceil(min(usable, spec.max_samples or usable) * (1 - spec.validation_fraction))
     tokens = math.ceil(report["characters"] / CHARACTERS_PER_TOKEN * used / max(usable, 1))
     packed = math.ceil(tokens / spec.max_seq_length / (1 - PACKING_WASTE))
     return tokens, packed if spec.packing else used

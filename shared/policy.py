@@ -24,13 +24,14 @@ def check_spec(spec: JobSpec, settings: Settings, model: ModelInfo, *, admin: bo
         settings.max_effective_batch,
         "this server's limit of the effective batch (batch size x accumulation)",
     )
-    if isinstance(spec.dataset, HubDataset) and not settings.dataset_allowed(spec.dataset.id):
-        raise InvalidRequest(
-            f"The dataset {spec.dataset.id} is not allowed on this server, which allows: "
-            f"{settings.dataset_allow}. Its operator sets TUNEYARD_DATASET_ALLOW.",
-            param="dataset.id",
-            code="dataset_not_allowed",
-        )
+    for field, dataset in (("dataset", spec.dataset), ("validation_dataset", spec.validation_dataset)):
+        if isinstance(dataset, HubDataset) and not settings.dataset_allowed(dataset.id):
+            raise InvalidRequest(
+                f"The dataset {dataset.id} is not allowed on this server, which allows: "
+                f"{settings.dataset_allow}. Its operator sets TUNEYARD_DATASET_ALLOW.",
+                param=f"{field}.id",
+                code="dataset_not_allowed",
+            )
     if spec.priority == "high" and not admin:
         raise InvalidRequest(
             "Only an admin key may post jobs of high priority: use normal or low.",

@@ -10,7 +10,16 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_NAME = 200
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -118,9 +127,16 @@ class TrainingSpec(SpecModel):
     logging_steps: Annotated[int, Field(ge=1, le=10_000)] = 10
     save_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     save_total_limit: Annotated[int, Field(ge=1, le=100)] = 3
-    eval_steps: None = None
-    early_stopping_patience: None = None
+    eval_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+
+    @field_validator("early_stopping_patience")
+    @classmethod
+    def _patience_counts_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("eval_steps", 1) is None:
+            raise ValueError("counts evaluations: set training.eval_steps too")
+        return patience
 
 
 # Jobs are filtered by `metadata[key]=value`, where brackets and quotes have a meaning of their own.
@@ -135,11 +151,11 @@ class JobSpec(SpecModel):
     model: RepositoryId = DEFAULT_MODEL
     model_revision: Revision | None = None
     dataset: Dataset = HubDataset()
-    validation_dataset: None = None
+    validation_dataset: Dataset | None = None
     max_samples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    validation_fraction: Annotated[float, Field(ge=0, le=0)] = 0
-    chat_template: Literal["chatml"] = "chatml"
-    tool_call_style: Literal["functioncall"] = "functioncall"
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0
+    chat_template: Literal["chatml", "model"] = "chatml"
+    tool_call_style: Literal["functioncall", "template"] = "functioncall"
     max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 4096
     overlong_rows: Literal["drop", "cut"] = "drop"
     unparsable_calls: Literal["keep", "drop"] = "keep"
@@ -165,6 +181,43 @@ class JobSpec(SpecModel):
         if revision is not None and str(info.data.get("model")).startswith((LOCAL_PREFIX, "bundled/")):
             raise ValueError("goes with a model of the hub, not with a local or bundled one")
         return revision
+
+    @field_validator("validation_dataset")
+    @classmethod
+    def _other_rows_are_evaluated(cls, held_out: Dataset | None, info: ValidationInfo) -> Dataset | None:
+        trained = info.data.get("dataset")
+        if held_out and trained and held_out.model_copy(update={"format": trained.format}) == trained:
+            raise ValueError("is what is trained on: set validation_fraction to hold out a part of it")
+        return held_out
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _rows_are_held_out_in_one_way(cls, fraction: float, info: ValidationInfo) -> float:
+        if fraction and info.data.get("validation_dataset") is not None:
+            raise ValueError("and validation_dataset exclude each other: leave one of them out")
+        return fraction
+
+    @field_validator("tool_call_style")
+    @classmethod
+    def _chatml_has_no_calls_of_its_own(cls, style: str, info: ValidationInfo) -> str:
+        if style == "template" and info.data.get("chat_template") == "chatml":
+            raise ValueError("template is the model's own way to write calls: set chat_template to model too")
+        return style
+
+    @field_validator("training")
+    @classmethod
+    def _evaluations_need_held_out_rows(cls, training: TrainingSpec, info: ValidationInfo) -> TrainingSpec:
+        held_out = info.data.get("validation_fraction", 1) or info.data.get("validation_dataset", 1)
+        if training.eval_steps is None or held_out:
+            return training
+        # So that the error's place is the inner field.
+        problem = PydanticCustomError(
+            "value_error",
+            "Value error, needs rows to evaluate: set validation_fraction or validation_dataset",
+        )
+        raise ValidationError.from_exception_data(
+            "TrainingSpec", [{"type": problem, "loc": ("eval_steps",), "input": training.eval_steps}]
+        )
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:

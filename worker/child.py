@@ -15,10 +15,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from sqlalchemy.exc import OperationalError
+
 from shared.database import Database
-from shared.errors import JobStopped, LeaseLost
+from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost
 from shared.events import Artifact, Control, Entry, EventSink
-from shared.lifecycle import JobStatus
+from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
 from shared.plan import Plan
 from shared.queue import Doorbell
@@ -109,16 +111,14 @@ def _attempt(
     control: ChildControl,
 ) -> None:
     try:
-        spec, plan, dataset_key = _read_job(order, settings, database)
-        root = Path(order.workdir)
-        dataset_file = store.fetch(dataset_key, root / "dataset") if dataset_key else None
-        model = find_model(settings, spec.model)
-        workdir = Workdir(
-            root=root, cache=settings.root / "cache", dataset_file=dataset_file, model_dir=model.path
-        )
+        spec, plan, keys = _read_job(order, settings, database)
+        workdir = _fetch_inputs(Path(order.workdir), settings, store, spec, keys)
         pipeline(spec, plan, workdir, sink, control)
     except JobStopped:
         sink.give_back("The worker was stopped.")
+    except OperationalError as error:
+        logger.warning("The database was away as the job began: %s", error.orig)
+        sink.give_back("The database was away as the job began.")
     except LeaseLost:
         raise
     except Exception as error:
@@ -134,17 +134,49 @@ def _attempt(
         sink.finish(JobStatus.SUCCEEDED, Entry("Succeeded."))
 
 
-def _read_job(order: Order, settings: Settings, database: Database) -> tuple[JobSpec, Plan, str | None]:
-    """The spec with the server's cap of samples applied, the plan, and the store key of an uploaded file."""
+def _read_job(order: Order, settings: Settings, database: Database) -> tuple[JobSpec, Plan, dict[str, str]]:
+    """The spec with the server's cap of samples applied, the plan, and the uploaded files' store keys by the
+    spec's field."""
     with database.write() as session:
         job = leases.owned_job(session, order.job_id, order.token)
         spec = JobSpec.from_json(job.spec)
         plan = Plan.model_validate(job.plan)
-        key = None
-        if isinstance(spec.dataset, FileDataset):
-            key = files.get_dataset(session, spec.dataset.file_id, job.owner).key
+        keys = {
+            name: files.get_dataset(session, dataset.file_id, job.owner).key
+            for name in ("dataset", "validation_dataset")
+            if isinstance(dataset := getattr(spec, name), FileDataset)
+        }
     capped = min(spec.max_samples or settings.max_samples, settings.max_samples)
-    return spec.model_copy(update={"max_samples": capped}), plan, key
+    return spec.model_copy(update={"max_samples": capped}), plan, keys
+
+
+def _fetch_inputs(
+    root: Path, settings: Settings, store: Store, spec: JobSpec, keys: dict[str, str]
+) -> Workdir:
+    """What was there when the job was accepted, unless somebody has removed it since.
+
+    Raises:
+        JobFailure: `invalid_dataset` or `model_unavailable`.
+    """
+    try:
+        fetched = {name: store.fetch(key, root / name) for name, key in keys.items()}
+    except FileNotFoundError as error:
+        raise JobFailure(
+            FailureCode.INVALID_DATASET, "The uploaded data file is gone from the store.", "Upload it again."
+        ) from error
+    try:
+        model = find_model(settings, spec.model)
+    except InvalidRequest as error:
+        raise JobFailure(
+            FailureCode.MODEL_UNAVAILABLE, error.message, "GET /models lists the models of this server."
+        ) from error
+    return Workdir(
+        root=root,
+        cache=settings.root / "cache",
+        dataset_file=fetched.get("dataset"),
+        model_dir=model.path,
+        validation_file=fetched.get("validation_dataset"),
+    )
 
 
 if __name__ == "__main__":

@@ -124,7 +124,10 @@ def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
     job.status = target
     if target in TERMINAL:
         job.finished_at = utcnow()
-    if target in TERMINAL or target in (JobStatus.QUEUED, JobStatus.PAUSED):
+    if target not in LEASED:
+        if job.attempt_started_at is not None:
+            job.run_seconds += (utcnow() - job.attempt_started_at).total_seconds()
+        job.attempt_started_at = None
         job.phase = None
         job.lease_token = None
         job.lease_expires_at = None
@@ -172,14 +175,16 @@ def delete_job(session: Session, job_id: str, owner: str | None) -> None:
 
 
 def find_idempotent(session: Session, owner: str, key: str) -> IdempotencyKey | None:
-    """What this owner made with this key in the last 24 hours; older keys are forgotten."""
+    """What this owner made with this key in the last 24 hours."""
     oldest = utcnow() - timedelta(hours=IDEMPOTENCY_HOURS)
-    session.exec(delete(IdempotencyKey).where(col(IdempotencyKey.created_at) < oldest))
-    return session.get(IdempotencyKey, (owner, key))
+    statement = select(IdempotencyKey).where(IdempotencyKey.owner == owner, IdempotencyKey.key == key)
+    return session.exec(statement.where(col(IdempotencyKey.created_at) >= oldest)).first()
 
 
 def put_idempotent(session: Session, owner: str, key: str, body_hash: str, job_id: str) -> None:
-    """Remember what this owner made with this key."""
+    """Remember what this owner made with this key; keys of yesterday are forgotten."""
+    oldest = utcnow() - timedelta(hours=IDEMPOTENCY_HOURS)
+    session.exec(delete(IdempotencyKey).where(col(IdempotencyKey.created_at) < oldest))
     session.add(IdempotencyKey(owner=owner, key=key, body_hash=body_hash, job_id=job_id))
 
 
@@ -203,8 +208,13 @@ def leased_jobs(session: Session, owner: str | None) -> list[tuple[str, str]]:
 
 def uses_dataset(session: Session, dataset_id: str) -> bool:
     """Whether a job that has not ended needs the uploaded file."""
+    spec = col(Job.spec)
     statement = select(Job.id).where(
-        col(Job.status).not_in(TERMINAL), col(Job.spec)["dataset"]["file_id"].as_string() == dataset_id
+        col(Job.status).not_in(TERMINAL),
+        or_(
+            spec["dataset"]["file_id"].as_string() == dataset_id,
+            spec["validation_dataset"]["file_id"].as_string() == dataset_id,
+        ),
     )
     return session.exec(statement.limit(1)).first() is not None
 

@@ -99,6 +99,7 @@ def test_without_a_models_root_there_are_no_local_models() -> None:
         ),
         ({"lora": {"target_modules": ["q_proj", "z_proj"]}}, "lora.target_modules"),
         ({"dataset": {"source": "hub", "id": "other/data"}}, "dataset.id"),
+        ({"validation_dataset": {"source": "hub", "id": "other/data"}}, "validation_dataset.id"),
         ({"priority": "high"}, "priority"),
     ],
 )
@@ -157,5 +158,6 @@ def test_an_estimate_says_what_is_known_and_null_for_the_rest() -> None:
     assert known["tokens"] == 100_000
     assert known["steps"] == 39
     assert known["disk_bytes"] == 3_062_500
-    half = JobSpec.from_json({"max_samples": 50})
-    assert estimate(half, model, {"rows_used": 100, "characters": 360_000}, None)["tokens"] == 50_000
+    for field, value in (("max_samples", 50), ("validation_fraction", 0.5)):
+        half = JobSpec.from_json({field: value})
+        assert estimate(half, model, {"rows_used": 100, "characters": 360_000}, None)["tokens"] == 50_000

@@ -14,6 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1",
     "model_revision": None,
     "max_samples": None,
+    "validation_dataset": None,
     "validation_fraction": 0,
     "chat_template": "chatml",
     "tool_call_style": "functioncall",
@@ -103,6 +104,16 @@ def test_a_spec_survives_its_own_json(spec: dict[str, Any]) -> None:
         ({"training": {"max_steps": 10**30}}, "training.max_steps"),
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs"),
         ({"training": {"eval_steps": 10}}, "training.eval_steps"),
+        ({"training": {"eval_steps": 0}, "validation_fraction": 0.1}, "training.eval_steps"),
+        (
+            {"training": {"early_stopping_patience": 2}, "validation_fraction": 0.1},
+            "training.early_stopping_patience",
+        ),
+        (
+            {"training": {"eval_steps": 5, "early_stopping_patience": 0}, "validation_fraction": 0.1},
+            "training.early_stopping_patience",
+        ),
+        ({"training": {"eval_steps": 5, "early_stopping_patience": 2}}, "training.eval_steps"),
         ({"max_seq_length": 8}, "max_seq_length"),
         ({"max_samples": 0}, "max_samples"),
         ({"max_samples": "10"}, "max_samples"),
@@ -114,7 +125,17 @@ def test_a_spec_survives_its_own_json(spec: dict[str, Any]) -> None:
         ({"engine": "unsloth"}, "engine"),
         ({"quantization": "4bit"}, "quantization"),
         ({"gpus": 2}, "gpus"),
-        ({"validation_fraction": 0.1}, "validation_fraction"),
+        ({"chat_template": "jinja"}, "chat_template"),
+        ({"tool_call_style": "template"}, "tool_call_style"),
+        ({"validation_fraction": 0.6}, "validation_fraction"),
+        (
+            {"validation_fraction": 0.1, "validation_dataset": {"source": "hub", "id": "x/y"}},
+            "validation_fraction",
+        ),
+        ({"validation_dataset": {"source": "hub"}}, "validation_dataset"),
+        ({"validation_dataset": {"source": "hub", "format": "glaive"}}, "validation_dataset"),
+        ({"validation_dataset": {"source": "file", "file_id": "x"}}, "validation_dataset.file.file_id"),
+        ({"validation_fraction": -0.1}, "validation_fraction"),
         ({"name": ""}, "name"),
         ({"name": "x" * 201}, "name"),
         ({"name": "a\u0000b"}, "name"),
@@ -162,6 +183,23 @@ def test_what_is_no_number_is_refused(number: str) -> None:
 def test_a_revision_goes_with_a_hub_model_alone() -> None:
     assert errors({"model": "local/x", "model_revision": "main"}) == ["model_revision"]
     assert JobSpec.from_json({"model": "a/b", "model_revision": "refs/pr/1"}).model_revision == "refs/pr/1"
+
+
+def test_a_models_own_way_to_write_calls_goes_with_its_own_template() -> None:
+    spec = JobSpec.from_json({"chat_template": "model", "tool_call_style": "template"})
+    assert JobSpec.from_json(spec.to_json()) == spec
+    assert JobSpec.from_json({"chat_template": "model"}).tool_call_style == "functioncall"
+
+
+def test_evaluations_and_early_stopping_go_with_held_out_rows() -> None:
+    training = {"eval_steps": 5, "early_stopping_patience": 2}
+    spec = JobSpec.from_json({"validation_fraction": 0.1, "training": training})
+    assert (spec.training.eval_steps, spec.training.early_stopping_patience) == (5, 2)
+    assert JobSpec.from_json(spec.to_json()) == spec
+    other = {"source": "hub", "split": "test"}
+    spec = JobSpec.from_json({"validation_dataset": other, "training": {"eval_steps": 5}})
+    assert spec.to_json()["validation_dataset"]["split"] == "test"
+    assert JobSpec.from_json(spec.to_json()) == spec
 
 
 def test_a_spec_cannot_be_changed() -> None:

@@ -31,6 +31,9 @@ def pipeline(
     sink.log(Entry("started", data={"pid": os.getpid(), "plan": plan.engine, "samples": spec.max_samples}))
     if word == "succeed":
         return _succeed(workdir, sink)
+    if word == "odd":
+        sink.log(Entry("odd \x00\ud800", data={"deep": [float("nan"), {"er": "\udfff"}]}))
+        return []
     if word == "fail":
         raise ValueError("the pipeline broke")
     if word == "die":
@@ -52,7 +55,8 @@ def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"w")
     sink.checkpoint(Checkpoint(step=3, path=folder, bytes=1, metrics={"loss": 0.3}))
-    content = workdir.dataset_file.read_bytes() if workdir.dataset_file else b"adapter"
+    given = [file.read_bytes() for file in (workdir.dataset_file, workdir.validation_file) if file]
+    content = b"".join(given) or b"adapter"
     return [_publish(workdir.root / "adapter.tar", content, sink)]
 
 

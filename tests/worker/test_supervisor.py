@@ -14,11 +14,12 @@ import pytest
 
 from shared.clock import utcnow
 from shared.database import Database
+from shared.ids import new_dataset_id
 from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
 from shared.settings import Settings
-from shared.storage import Store
-from shared.tables import Job, LogEntry
+from shared.storage import Store, hash_file
+from shared.tables import DatasetRow, Job, LogEntry
 from shared.valkey import EmbeddedValkey
 from tests.conftest import wait_for
 from tests.samples import make_job
@@ -85,6 +86,36 @@ def test_a_job_runs_to_its_end(
     work = settings.root / "work" / job_id
     assert wait_for(lambda: [p.name for p in work.iterdir()] == ["checkpoints"])
     assert (work / "checkpoints" / "checkpoint-3" / "weights").read_bytes() == b"w"
+
+
+def test_a_job_gets_both_of_its_uploaded_files(
+    start: Start, database: Database, settings: Settings, doorbell: Doorbell, tmp_path: Path
+) -> None:
+    ids = [new_dataset_id(), new_dataset_id()]
+    for dataset_id in ids:
+        file = tmp_path / dataset_id
+        file.write_text(f"[{dataset_id}]")
+        key = f"datasets/{dataset_id}/data"
+        size, sha256 = hash_file(file)
+        Store(settings.artifacts()).publish(file, key)
+        row = DatasetRow(
+            id=dataset_id, owner="ann", filename="x", bytes=size, sha256=sha256, status="processed",
+            format="messages", key=key,
+        )  # fmt: skip
+        with database.write() as session:
+            session.add(row)
+    both = {
+        "dataset": {"source": "file", "file_id": ids[0]},
+        "validation_dataset": {"source": "file", "file_id": ids[1]},
+    }
+    job_id = make_job(database, "ann", **both)
+    start()
+    doorbell.ring(job_id)
+    assert wait_status(database, job_id, "succeeded", "failed").status == "succeeded"
+    with database.read() as session:
+        (artifact,) = files.list_artifacts(session, job_id)
+    given = b"".join(Store(settings.artifacts()).read(artifact.key, 0, 200))
+    assert given.decode() == f"[{ids[0]}][{ids[1]}]"
 
 
 def test_without_any_doorbell_the_database_is_looked_into(start: Start, database: Database) -> None:
@@ -250,3 +281,63 @@ def test_the_child_sees_no_secret_of_the_worker(
     assert environment["HF_HOME"] == "/somewhere"
     assert not {"TUNEYARD_API_KEY", "SOME_SERVICE_PASSWORD"} & set(environment)
     assert not any("ty-secret" in part for part in psutil.Process(pid).cmdline())
+
+
+def test_a_job_that_this_version_cannot_read_fails_and_harms_no_other(
+    start: Start, database: Database
+) -> None:
+    strange, good = make_job(database), make_job(database)
+    with database.write() as session:
+        job = jobs.lock_job(session, strange, None)
+        job.spec = job.spec | {"field_of_tomorrow": 1}
+    start()
+    failed = wait_status(database, strange, "failed")
+    assert failed.failure is not None
+    assert "different versions" in failed.failure["advice"]
+    assert wait_status(database, good, "succeeded").status == "succeeded"
+
+
+def test_a_job_that_cannot_be_started_goes_back_and_is_tried_again(
+    start: Start, database: Database, settings: Settings
+) -> None:
+    work = settings.root / "work"
+    work.mkdir(parents=True)
+    job_id = make_job(database)
+    (work / job_id).write_text("in the way")
+    start()
+    wait_for(lambda: any("could not start it" in e.message for e in entries(database, job_id)))
+    (work / job_id).unlink()
+    job = wait_status(database, job_id, "succeeded")
+    assert job.losses == 0
+
+
+def test_a_child_whose_job_another_box_has_taken_is_ended(start: Start, database: Database) -> None:
+    start(lease_seconds=60)
+    job_id = make_job(database, name="deaf")
+    pid = wait_for(lambda: child_pid(database, job_id))
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    with database.write() as session:
+        job = jobs.lock_job(session, job_id, None)
+        job.lease_token, job.worker = "another", "another-box"
+    assert wait_for(lambda: not psutil.pid_exists(pid))
+    assert read(database, job_id).worker == "another-box"
+
+
+def test_what_no_database_stores_is_made_storable(start: Start, database: Database) -> None:
+    start()
+    job_id = make_job(database, name="odd")
+    assert wait_status(database, job_id, "succeeded", "failed").status == "succeeded"
+    (odd,) = [e for e in entries(database, job_id) if e.message.startswith("odd")]
+    assert odd.message == "odd \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+    assert odd.data == {"deep": [None, {"er": "\N{REPLACEMENT CHARACTER}"}]}
+
+
+def test_time_is_counted_over_all_attempts(start: Start, database: Database) -> None:
+    supervisor = start()
+    job_id = make_job(database, name="forever", time_limit_seconds=3600)
+    wait_for(lambda: child_pid(database, job_id))
+    supervisor.stop()
+    job = wait_status(database, job_id, "queued")
+    assert 0 < job.run_seconds < 60
+    assert job.attempt_started_at is None

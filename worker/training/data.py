@@ -6,24 +6,20 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.data.conversation import Conversation, Dropped
-from shared.data.formats import conversations
-from shared.data.inspect import check_usable, unique
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally
 from shared.errors import DatasetError, JobFailure
 from shared.events import Control, Entry, EventSink
 from shared.lifecycle import FailureCode
-from shared.spec import HubDataset, JobSpec
+from shared.spec import DataFormat, Dataset, HubDataset, JobSpec
+from worker.training.collect import Collector, Take
 from worker.training.data_cache import DEFAULT_BYTES, cached, key_of
 from worker.training.data_report import packing_report, steps, token_report
 from worker.training.documents import Documents
@@ -35,8 +31,6 @@ from worker.training.tokenize import Encoder, Tokens
 if TYPE_CHECKING:
     import datasets
 
-BATCH = 512
-SECONDS_BETWEEN_LOGS = 5.0
 _ADVICE = "Look at the data set's report, mend the file and upload it again."
 
 
@@ -75,6 +69,7 @@ def prepare_data(
     model_max_length: int | None,
     cache: Path | None = None,
     cache_bytes: int = DEFAULT_BYTES,
+    validation_file: Path | None = None,
 ) -> PreparedData:
     """Reads, renders, masks, tokenises and packs the job's data; tells the report to the sink.
 
@@ -84,6 +79,7 @@ def prepare_data(
         model_max_length: the most tokens that the model takes, if it has a limit.
         cache: the folder where prepared data is kept for jobs that want the same again, up to `cache_bytes`;
             a temporary folder that goes with the data if None.
+        validation_file: as `dataset_file`, for the spec's `validation_dataset`.
 
     Raises:
         JobFailure: `invalid_dataset` where nothing can be trained on.
@@ -99,20 +95,27 @@ def prepare_data(
     template = _template(spec, tokenizer)
     _warn_of_delimiters(template, spec, sink)
     encoder = Encoder(tokenizer, template, limit if spec.overlong_rows == "cut" else None)
-    source = _source(spec, dataset_file)
+    source = _source(spec.dataset, dataset_file)
+    held_out = _source(spec.validation_dataset, validation_file) if spec.validation_dataset else None
 
     def make(folder: Path) -> None:
-        rows = read_rows(dataset_file) if dataset_file else hub_rows(_hub(spec), source["revision"])
-        _prepare(spec, rows, encoder, limit, folder, sink, control)
+        rows = _rows(spec.dataset, dataset_file, source)
+        others = None
+        if spec.validation_dataset and held_out:
+            others = _rows(spec.validation_dataset, validation_file, held_out)
+        collector = Collector(
+            encoder, limit, spec.max_samples, spec.unparsable_calls == "drop", sink, control
+        )
+        _prepare(spec, rows, others, collector, folder)
 
     root = cache or Path(tempfile.mkdtemp(prefix="tuneyard-data-"))
     try:
         folder, was_there = cached(
-            root, _key(spec, source, tokenizer, template, limit), make, control, cache_bytes
+            root, _key(spec, source, held_out, tokenizer, template, limit), make, control, cache_bytes
         )
         train = datasets.Dataset.from_file(str(folder / "train.arrow"))
-        held_out = folder / "validation.arrow"
-        validation = datasets.Dataset.from_file(str(held_out)) if held_out.exists() else None
+        evaluated = folder / "validation.arrow"
+        validation = datasets.Dataset.from_file(str(evaluated)) if evaluated.exists() else None
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except BaseException as error:
         if cache is None:
@@ -122,6 +125,7 @@ def prepare_data(
         raise
     if cache is None:
         weakref.finalize(train, shutil.rmtree, root, ignore_errors=True)
+    found["report"]["validation"] |= held_out or {}
     report = {**source, **found["report"], **steps(spec, len(train)), "from_cache": was_there}
     sink.data_report(report)
     _log_report(report, sink)
@@ -137,19 +141,23 @@ def prepare_data(
     )
 
 
-def _hub(spec: JobSpec) -> HubDataset:
-    if not isinstance(spec.dataset, HubDataset):
+def _hub(dataset: Dataset) -> HubDataset:
+    if not isinstance(dataset, HubDataset):
         raise JobFailure(FailureCode.INVALID_DATASET, "The uploaded file is gone.", "Upload it again.")
-    return spec.dataset
+    return dataset
 
 
-def _source(spec: JobSpec, dataset_file: Path | None) -> dict[str, Any]:
+def _rows(dataset: Dataset, file: Path | None, source: dict[str, Any]) -> Iterator[Row]:
+    return read_rows(file) if file else hub_rows(_hub(dataset), source["revision"])
+
+
+def _source(dataset: Dataset, file: Path | None) -> dict[str, Any]:
     """Where the rows come from, exactly: a file by its hash, a data set of the hub by its commit."""
-    if dataset_file is not None:
-        with dataset_file.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"source": "file", "file_id": getattr(spec.dataset, "file_id", None), "file_sha256": digest}
-    dataset = _hub(spec)
+    if file is not None:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"source": "file", "file_id": getattr(dataset, "file_id", None), "file_sha256": digest}
+    dataset = _hub(dataset)
     return {
         "source": "hub",
         "id": dataset.id,
@@ -159,7 +167,14 @@ def _source(spec: JobSpec, dataset_file: Path | None) -> dict[str, Any]:
     }
 
 
-def _key(spec: JobSpec, source: dict[str, Any], tokenizer: Any, template: Template, limit: int) -> str:
+def _key(
+    spec: JobSpec,
+    source: dict[str, Any],
+    held_out: dict[str, Any] | None,
+    tokenizer: Any,
+    template: Template,
+    limit: int,
+) -> str:
     """A name for the prepared rows, made of everything that they depend on."""
     model = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.special_tokens_map}{template.source}"
     fields = (
@@ -170,6 +185,8 @@ def _key(spec: JobSpec, source: dict[str, Any], tokenizer: Any, template: Templa
         {
             "source": {name: value for name, value in source.items() if name != "file_id"},
             "format": spec.dataset.format,
+            "validation": {name: value for name, value in (held_out or {}).items() if name != "file_id"},
+            "validation_format": spec.validation_dataset.format if spec.validation_dataset else None,
             "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
             "limit": limit,
             "first_rows": spec.training.per_device_train_batch_size,
@@ -207,33 +224,53 @@ def _warn_of_delimiters(template: Template, spec: JobSpec, sink: EventSink) -> N
 def _prepare(
     spec: JobSpec,
     rows: Iterator[Row],
-    encoder: Encoder,
-    limit: int,
+    others: Iterator[Row] | None,
+    collector: Collector,
     folder: Path,
-    sink: EventSink,
-    control: Control,
 ) -> None:
     """Fill the folder with `train.arrow`, `validation.arrow` if rows are held out, and `report.json`.
+
+    Args:
+        others: the rows of a validation data set; None if there is none.
 
     Raises:
         DatasetError: nothing can be trained on.
     """
     with Documents(folder, "train") as train, Documents(folder, "validation") as validation:
-        tally = Tally()
+        tally, other_tally = Tally(), Tally()
+        seen: set[int] = set()
+
+        def hold_out(conversation: Conversation, document: Tokens) -> Dropped | None:
+            seen.update(_names(conversation, document))
+            validation.add(document)
+            return None
+
+        def take(conversation: Conversation, document: Tokens) -> Dropped | None:
+            if seen and seen.intersection(_names(conversation, document)):
+                return Dropped("in_validation", conversation.line)
+            fraction = spec.validation_fraction
+            held_out = fraction > 0 and conversation.key() < fraction * 2**64
+            (validation if held_out else train).add(document)
+            return None
+
         try:
-            data_format = _collect(spec, rows, encoder, limit, tally, train, validation, sink, control)
+            if others is not None and spec.validation_dataset:
+                _collect_others(collector, spec.validation_dataset.format, others, other_tally, hold_out)
+            data_format = collector.collect(spec.dataset.format, rows, tally, take)
+            _check_split(spec, tally, train, validation)
         except DatasetError:
-            sink.data_report(tally.to_json())
+            collector.sink.data_report(tally.to_json())
             raise
-        packed = _write(spec, train, folder / "train.arrow", limit, control)
-        held_out = _write(spec, validation, folder / "validation.arrow", limit, control)
+        packed = _write(spec, train, folder / "train.arrow", collector.limit, collector.control)
+        held_out = _write(spec, validation, folder / "validation.arrow", collector.limit, collector.control)
         report = {
             "format": data_format,
             **tally.to_json(),
             "sha256": train.sha256,
             "tokens": token_report(train.lengths, train.trained_tokens),
-            "packing": packing_report(spec, packed, limit),
+            "packing": packing_report(spec, packed, collector.limit),
             "validation": {
+                **(other_tally.to_json() if others is not None else {}),
                 "rows_used": len(validation.lengths),
                 "tokens": sum(held_out),
                 "trained": validation.trained_tokens,
@@ -255,88 +292,44 @@ def _write(spec: JobSpec, documents: Documents, path: Path, limit: int, control:
     return [int(lengths[row].sum()) for row in rows]
 
 
-def _collect(
-    spec: JobSpec,
-    rows: Iterator[Row],
-    encoder: Encoder,
-    limit: int,
-    tally: Tally,
-    train: Documents,
-    validation: Documents,
-    sink: EventSink,
-    control: Control,
-) -> str:
-    """Take what can be used, in file order, up to max_samples; returns the format."""
-    data_format, parsed = conversations(rows, spec.dataset.format, spec.unparsable_calls == "drop")
-    told = time.monotonic()
-    for row, tokens in _tokenised(parsed, encoder, control):
-        if tally.used == spec.max_samples:
-            break
-        tally.read += 1
-        found = _usable(row, tokens, limit)
-        if isinstance(found, Dropped):
-            tally.drop(found)
-            continue
-        conversation, document = found
-        tally.keep(conversation)
-        for note in document.notes:
-            tally.note(note, conversation.line)
-        fraction = spec.validation_fraction
-        held_out = fraction > 0 and conversation.key() < fraction * 2**64
-        (validation if held_out else train).add(document)
-        if time.monotonic() - told > SECONDS_BETWEEN_LOGS:
-            told = time.monotonic()
-            sink.log(Entry(f"Preparing data: {tally.read:,} rows read, {tally.used:,} used."))
-    check_usable(tally)
+def _names(conversation: Conversation, document: Tokens) -> tuple[int, int]:
+    """By what it says and by its tokens: two rows that have either in common are the same text."""
+    return conversation.key(), hash(document.ids.tobytes())
+
+
+def _collect_others(
+    collector: Collector, data_format: DataFormat, rows: Iterator[Row], tally: Tally, take: Take
+) -> None:
+    """
+    Raises:
+        DatasetError: says that it is the validation data.
+    """
+    try:
+        collector.collect(data_format, rows, tally, take)
+    except DatasetError as error:
+        raise DatasetError(f"Validation data: {error}", error.line) from error
+
+
+def _check_split(spec: JobSpec, tally: Tally, train: Documents, validation: Documents) -> None:
     if not len(train.lengths):
         raise DatasetError(f"All of the {tally.used} usable rows are held out for validation.")
-    return data_format
-
-
-def _usable(
-    row: Conversation | Dropped, tokens: Tokens | None, limit: int
-) -> tuple[Conversation, Tokens] | Dropped:
-    if isinstance(row, Dropped) or tokens is None:
-        return row if isinstance(row, Dropped) else Dropped("not_rendered", row.line)
-    if not tokens.trained.any():
-        return Dropped("nothing_to_train_on", row.line)
-    if len(tokens.ids) > limit:
-        return Dropped("too_long", row.line)
-    return row, tokens
-
-
-def _tokenised(
-    parsed: Iterable[Conversation | Dropped], encoder: Encoder, control: Control
-) -> Iterator[tuple[Conversation | Dropped, Tokens | None]]:
-    """Rows in order, the usable and distinct ones with their tokens.
-
-    One batch is tokenised on a thread, which holds up no other while it does, as the next one is parsed.
-    """
-    seen: set[int] = set()
-    rows = iter(parsed)
-    batch: list[Conversation | Dropped] = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(encoder.encode, [])
-        while True:
-            control.check()
-            coming = [unique(row, seen) for row in islice(rows, BATCH)]
-            tokens = iter(waiting.result())
-            waiting = pool.submit(encoder.encode, [row for row in coming if isinstance(row, Conversation)])
-            for row in batch:
-                yield row, next(tokens) if isinstance(row, Conversation) else None
-            batch = coming
-            if not batch:
-                return
+    if spec.validation_fraction and not len(validation.lengths):
+        raise DatasetError(
+            f"None of the {tally.used} usable rows is held out at a validation_fraction of "
+            f"{spec.validation_fraction}: raise it, give more rows, or set it to 0."
+        )
 
 
 def _log_report(report: dict[str, Any], sink: EventSink) -> None:
     dropped = ", ".join(f"{counted['count']} {reason}" for reason, counted in report["dropped"].items())
     tokens, packing = report["tokens"], report["packing"]
+    held_out = report["validation"]["rows_used"]
     sink.log(
         Entry(
             f"Data: {report['rows_used']:,} of {report['rows_read']:,} rows used"
             f"{f' (dropped: {dropped})' if dropped else ''}, {tokens['total']:,} tokens, "
             f"{tokens['trained_share']:.0%} trained, {packing['rows']:,} rows to train on, "
+            f"{f'{held_out:,} held out, ' if held_out else ''}"
             f"{packing['efficiency']:.1%} of their slots filled, {report['total_steps']:,} steps.",
             "info" if not dropped else "warning",
         )

@@ -22,7 +22,9 @@ LOCK_POLL_SECONDS = 0.5
 # What a killed job left half made is swept once it is this old.
 STALE_SECONDS = 24 * 3600
 _CODE = ("shared/data", "worker/training")
-_CODE_FILES = ("data*.py", "documents.py", "packing.py", "templates.py", "tokenize.py", "hub_data.py")
+_CODE_FILES = (
+    "collect.py", "data*.py", "documents.py", "hub_data.py", "packing.py", "templates.py", "tokenize.py",
+)  # fmt: skip
 
 
 def key_of(parts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the order of rows that Tuneyard wants, and no model card at each checkpoint."""
+"""TRL's SFTTrainer with Tuneyard's order of rows and evaluation, and no model card at each checkpoint."""
 
 from __future__ import annotations
 
@@ -39,9 +39,35 @@ class RowOrder(Sampler[int]):
 class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """The trainer of every engine."""
 
+    control: Any
+
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         return RowOrder(len(rows), self.args.data_seed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more
+        """The held-out rows' mean loss and accuracy over all trained tokens, told to the callbacks.
+
+        Transformers' own loop averages over batches, whatever their share of the tokens, and draws from the
+        random numbers that dropout uses: an evaluation would change the training after it.
+        """
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        loss = correct = tokens = 0.0
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), size):
+                batch = self.data_collator([rows[at] for at in range(start, min(start + size, len(rows)))])
+                inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                found = self.model(**inputs, use_cache=False)
+                valid = found.num_valid_tokens.item()
+                if valid:
+                    tokens += valid
+                    loss += found.loss.item() * valid
+                    correct += found.num_correct_tokens.item()
+        self.model.train()
+        metrics = {"eval_loss": loss / tokens, "eval_mean_token_accuracy": correct / tokens}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the exports have Tuneyard's card."""

@@ -19,7 +19,7 @@ from worker.training.exports.files import file_artifact
 from worker.training.exports.gguf import export_ggufs
 from worker.training.exports.manifest import Manifest, metrics_csv
 from worker.training.exports.merged import export_merged, merge_adapter
-from worker.training.exports.modelfile import modelfile
+from worker.training.exports.modelfile import modelfile, own_modelfile
 from worker.training.library_log import library_messages
 from worker.training.models import (
     ResolvedModel,
@@ -63,6 +63,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         control,
         model.context_length,
         cache=workdir.cache / "data",
+        validation_file=workdir.validation_file,
     )
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
     control.check()
@@ -164,6 +165,9 @@ def _export(
     if ggufs:
         # The smallest of them: what most people will run.
         smallest = min((a for a in made if a.kind in ggufs), key=lambda a: a.bytes)
-        (target / "Modelfile").write_text(modelfile(smallest.name, manifest.stop_token), encoding="utf-8")
+        text = (own_modelfile if spec.chat_template == "model" else modelfile)(
+            smallest.name, manifest.stop_token
+        )
+        (target / "Modelfile").write_text(text, encoding="utf-8")
         publish(file_artifact(target / "Modelfile", "modelfile", control))
     return made

@@ -20,13 +20,18 @@ class TrainingResult:
     """What the loop did.
 
     `history` has one row a step as `EventSink.metrics` got it, `logged` those that went to the job's log,
-    with the mean loss since the one before; `used` is what really ran, read back from the
+    with the mean loss since the one before, `evaluated` those of the evaluations. `best_step` is the one with
+    the lowest `eval_loss`, None if nothing was evaluated; `exported_step` is the one that the model now has:
+    the best with early stopping, else the last. `used` is what really ran, read back from the
     model and the device: attention implementation, dtype, packing, peak memory in bytes, tokens per second.
     """
 
     steps: int
+    exported_step: int
     history: list[dict[str, float | int | None]]
     logged: list[dict[str, float | int | None]]
+    evaluated: list[dict[str, float | int | None]] = field(default_factory=list)
+    best_step: int | None = None
     used: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,7 +49,8 @@ def train(
 
     Args:
         model: a `peft.PeftModel` on the plan's device.
-        data: rows of `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`.
+        data: rows of `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`; those held out
+            are evaluated.
         output: where checkpoints go, as `checkpoint-STEP` folders.
 
     Raises:
@@ -54,31 +60,30 @@ def train(
     import torch
     import transformers
 
-    from worker.training.callbacks import JobCallback, stop_between_layers
+    from worker.training.callbacks import Evaluations, JobCallback, checkpoint_folder, stop_between_layers
     from worker.training.job_trainer import JobTrainer
 
     steps = total_steps(spec, plan, len(data.train))
+    training = spec.training
+    held_out = data.validation
     callback = JobCallback(
-        sink=sink, control=control, total_steps=steps, logging_steps=spec.training.logging_steps
+        sink=sink,
+        control=control,
+        total_steps=steps,
+        logging_steps=training.logging_steps,
+        evaluations=Evaluations(training.eval_steps, training.early_stopping_patience) if held_out else None,
     )
     trainer = JobTrainer(
         model=model,
         args=sft_config(spec, plan, steps, output),
         train_dataset=data.train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[callback],
     )
     # It prints each log line to stdout, which belongs to whoever runs the job.
     trainer.remove_callback(transformers.PrinterCallback)
-    trainable, frozen = _count_parameters(model)
-    sink.log(
-        Entry(
-            message=f"Training {trainable:,} of {trainable + frozen:,} weights for {steps:,} steps over "
-            f"{len(data.train):,} rows of up to {spec.max_seq_length:,} tokens, "
-            f"{plan.micro_batch} x {plan.accumulation} rows a step.",
-            data={"trainable_parameters": trainable, "total_steps": steps, "rows": len(data.train)},
-        )
-    )
+    _announce(spec, plan, model, steps, len(data.train), sink)
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     hooks = stop_between_layers(model, control)
@@ -87,10 +92,24 @@ def train(
     finally:
         for hook in hooks:
             hook.remove()
+    last = int(trainer.state.global_step)
+    best = int(callback.best["step"] or 0) if callback.best else None
+    exported = last
+    if best is not None and best != last and training.early_stopping_patience is not None:
+        exported = best
+        _load_adapter(model, checkpoint_folder(output, best))
+    if best is not None:
+        why = (
+            "the lowest eval loss" if exported == best else f"the last; step {best} had the lowest eval loss"
+        )
+        sink.log(Entry(message=f"Exporting the adapter of step {exported}: {why}."))
     return TrainingResult(
-        steps=steps,
+        steps=last,
+        exported_step=exported,
         history=callback.history,
         logged=callback.logged,
+        evaluated=callback.evaluated,
+        best_step=best,
         used=_what_ran(plan, trainer, callback),
     )
 
@@ -116,6 +135,8 @@ def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
     return trl.SFTConfig(
         output_dir=str(output),
         per_device_train_batch_size=plan.micro_batch,
+        # What fits with gradients fits without.
+        per_device_eval_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=steps,
         learning_rate=training.learning_rate,
@@ -152,6 +173,26 @@ def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
         # The head's logits are computed for the tokens that count only, a chunk at a time.
         loss_type="chunked_nll",
     )
+
+
+def _announce(spec: JobSpec, plan: Plan, model: Any, steps: int, rows: int, sink: EventSink) -> None:
+    trainable, frozen = _count_parameters(model)
+    sink.log(
+        Entry(
+            message=f"Training {trainable:,} of {trainable + frozen:,} weights for {steps:,} steps over "
+            f"{rows:,} rows of up to {spec.max_seq_length:,} tokens, "
+            f"{plan.micro_batch} x {plan.accumulation} rows a step.",
+            data={"trainable_parameters": trainable, "total_steps": steps, "rows": rows},
+        )
+    )
+
+
+def _load_adapter(model: Any, folder: Path) -> None:
+    """Put a checkpoint's adapter in the place of the one that was trained last."""
+    import peft
+
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    peft.set_peft_model_state_dict(model, weights)
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:

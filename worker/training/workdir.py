@@ -12,11 +12,12 @@ class Workdir:
 
     `root` is the attempt's own folder, `cache` is shared by all jobs of the box (converted bundled
     models, prepared data).
-    `dataset_file` is the uploaded file of a `file` dataset, `model_dir` the folder of a `local/NAME` model;
-    the caller has resolved and checked both.
+    `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
+    a `local/NAME` model; the caller has resolved and checked them.
     """
 
     root: Path
     cache: Path
     dataset_file: Path | None = None
     model_dir: Path | None = None
+    validation_file: Path | None = None

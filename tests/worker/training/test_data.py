@@ -156,7 +156,7 @@ def test_the_steps_are_the_trainers(tmp_path: Path) -> None:
         (b"", "empty"),
         (b'{"messages": []}\n', "None of the 1 rows"),
         (b'{"a": 1}\n', "no known format"),
-        (b'{"messages": [}\n', "Line 1 isn't valid JSON"),
+        (b'{"messages": [}\n', "Not valid JSON at line 1"),
     ],
 )
 def test_a_file_without_a_usable_row_fails_the_job(tmp_path: Path, content: bytes, message: str) -> None:
@@ -218,7 +218,7 @@ def test_without_a_cache_the_files_go_with_the_data(tmp_path: Path, monkeypatch:
 
 
 def held_out_spec(tmp_path: Path, fraction: float) -> JobSpec:
-    # The field is opened by whoever evaluates; the split is ready for it.
+    # A copy is not validated: the spec's own limit of the fraction is lower.
     return JobSpec().model_copy(update={"validation_fraction": fraction})
 
 
@@ -255,7 +255,72 @@ def test_held_out_rows_are_never_trained_on_and_never_move(tmp_path: Path) -> No
     assert texts(prepared.train) == found[1][0]
 
 
+def test_a_split_that_holds_out_nothing_fails(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat_row("q", "a")])
+    with pytest.raises(JobFailure, match="None of the 1 usable rows is held out") as failure:
+        prepare_data(held_out_spec(tmp_path, 1e-9), path, tokenizer(), MemorySink(), GoOn(), None)
+    assert failure.value.code is FailureCode.INVALID_DATASET
+
+
 def test_a_split_that_leaves_nothing_to_train_on_fails(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat_row("q", "a")])
     with pytest.raises(JobFailure, match="held out"):
         prepare_data(held_out_spec(tmp_path, 1.0), path, tokenizer(), MemorySink(), GoOn(), None)
+
+
+def with_validation(
+    folder: Path, rows: list[dict[str, Any]], others: list[dict[str, Any]], **spec: Any
+) -> PreparedData:
+    held_out = {"source": "file", "file_id": "file-" + "b" * 24}
+    job = JobSpec.model_validate({"max_seq_length": 128, "validation_dataset": held_out, **spec})
+    return prepare_data(
+        job,
+        write_jsonl(folder / "rows.jsonl", rows),
+        tokenizer(),
+        MemorySink(),
+        GoOn(),
+        None,
+        folder / "cache",
+        validation_file=write_jsonl(folder / "validation.jsonl", others),
+    )
+
+
+def test_rows_of_the_validation_data_are_never_trained_on(tmp_path: Path) -> None:
+    weighed = chat_row("q3", "a3")
+    weighed["messages"][-1]["weight"] = 1
+    rows = [*[chat_row(f"q{n}", f"a{n}") for n in range(10)], chat_row(" q4", "a4\n")]
+    others = [chat_row("q2", "a2"), weighed, chat_row("q4", "a4"), chat_row("new", "row"), chat_row("", "")]
+    prepared = with_validation(tmp_path, rows, others)
+    train, held_out = texts(prepared.train), texts(prepared.validation)
+    assert (len(train), len(held_out)) == (7, 4)
+    assert not train & held_out
+    report = prepared.report
+    assert report["dropped"]["in_validation"]["lines"] == [3, 4, 5]
+    assert (report["rows_used"], report["rows_dropped"]) == (7, 4)
+    told = report["validation"]
+    assert (told["rows_read"], told["rows_used"], told["file_id"]) == (5, 4, "file-" + "b" * 24)
+    assert told["dropped"]["empty"]["lines"] == [5]
+    assert json.loads(json.dumps(report)) == report
+    # The cache knows one validation file from another.
+    again = with_validation(tmp_path, rows, others)
+    assert again.report["from_cache"]
+    other = with_validation(tmp_path, rows, others[:1])
+    assert not other.report["from_cache"]
+    assert len(texts(other.train)) == 9
+
+
+def test_max_samples_counts_both_data_sets_by_themselves(tmp_path: Path) -> None:
+    rows = [chat_row(f"q{n}", f"a{n}") for n in range(10)]
+    prepared = with_validation(tmp_path, rows, rows[:3], max_samples=2)
+    assert len(texts(prepared.validation)) == 2
+    assert prepared.report["dropped"]["in_validation"]["lines"] == [1, 2]
+    assert prepared.report["rows_used"] == 2
+
+
+def test_unusable_validation_data_says_that_it_is_that(tmp_path: Path) -> None:
+    rows = [chat_row(f"q{n}", f"a{n}") for n in range(3)]
+    with pytest.raises(JobFailure, match="Validation data: None of the 1 rows can be used") as failure:
+        with_validation(tmp_path, rows, [chat_row("", "")])
+    assert failure.value.code is FailureCode.INVALID_DATASET
+    with pytest.raises(JobFailure, match=r"None of the 3 rows can be used.*also in the validation data"):
+        with_validation(tmp_path, rows, rows)

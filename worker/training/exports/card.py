@@ -65,6 +65,19 @@ def _card(manifest: Manifest, what: str, library: str, load: str) -> str:
     lora = spec.lora
     modules = ", ".join(lora.target_modules)
     training = manifest.training
+    calls = (
+        "Function calls are written as that template has them."
+        if spec.tool_call_style == "template"
+        else 'Function calls are written as `<functioncall> {"name": ..., "arguments": ...}` in the '
+        "assistant's text."
+    )
+    evaluated = next((e for e in training.evaluated if e["step"] == training.exported_step), None)
+    held_out = (
+        f"\n| loss, token accuracy on held-out rows, step {training.exported_step} "
+        f"| {evaluated['eval_loss']:.4f}, {evaluated['eval_mean_token_accuracy']:.4f} |"
+        if evaluated
+        else ""
+    )
     return f"""{chr(10).join(front)}
 
 # {spec.name or "Fine-tuned " + manifest.model.id} ({what})
@@ -77,7 +90,7 @@ Fine-tuned with Tuneyard from `{manifest.model.id}` on {data}, SHA-256 `{manifes
 | sequence length, packing | {spec.max_seq_length} tokens, {"on" if spec.packing else "off"} |
 | trained on | {"what assistants say" if spec.train_on == "assistant" else "every token"} |
 | steps, learning rate, seed | {training.steps}, {spec.training.learning_rate}, {spec.training.seed} |
-| loss, first and last step | {losses[0]:.4f}, {losses[-1]:.4f} |
+| loss, first and last step | {losses[0]:.4f}, {losses[-1]:.4f} |{held_out}
 
 ## Load it
 
@@ -85,7 +98,7 @@ Fine-tuned with Tuneyard from `{manifest.model.id}` on {data}, SHA-256 `{manifes
 
 The tokenizer carries the chat template that was trained ({spec.chat_template}): use
 `tokenizer.apply_chat_template`.
-Function calls are written as `<functioncall> {{"name": ..., "arguments": ...}}` in the assistant's text.
+{calls}
 
 ## Licence
 

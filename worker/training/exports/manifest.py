@@ -37,6 +37,8 @@ METRIC_COLUMNS = (
     "grad_norm",
     "tokens_per_second",
     "mean_token_accuracy",
+    "eval_loss",
+    "eval_mean_token_accuracy",
 )
 
 
@@ -73,6 +75,9 @@ class Manifest:
             "used": self.training.used,
             "steps": self.training.steps,
             "history": self.training.logged,
+            "evaluations": self.training.evaluated,
+            "best_step": self.training.best_step,
+            "exported_step": self.training.exported_step,
             "packages": package_versions(),
             "python": platform.python_version(),
         }

@@ -5,6 +5,12 @@ from __future__ import annotations
 from shared.data.chatml import END, START
 
 
+def own_modelfile(gguf_name: str, stop_token: str | None) -> str:
+    """A Modelfile for a model that was trained with its own chat template, which Ollama reads in the GGUF."""
+    stop = f'PARAMETER stop "{stop_token}"\n' if stop_token else ""
+    return f"# ollama create my-model -f Modelfile\nFROM ./{gguf_name}\n{stop}"
+
+
 def modelfile(gguf_name: str, stop_token: str | None) -> str:
     """A Modelfile for the ChatML template, to be put beside the GGUF.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.training.exports.modelfile import modelfile
+from worker.training.exports.modelfile import modelfile, own_modelfile
 
 
 def test_chatml_in_ollamas_words() -> None:
@@ -22,3 +22,9 @@ def test_a_model_with_an_end_of_its_own_writes_it_after_each_answer() -> None:
     text = modelfile("model-f16.gguf", "</s>")
     assert '{{ .Content }}<|im_end|>{{ if eq .Role "assistant" }}</s>{{ end }}\n' in text
     assert 'PARAMETER stop "</s>"\n' in text
+
+
+def test_a_models_own_template_is_left_to_the_gguf() -> None:
+    head = "# ollama create my-model -f Modelfile\nFROM ./model-f16.gguf\n"
+    assert own_modelfile("model-f16.gguf", "<|eot|>") == f'{head}PARAMETER stop "<|eot|>"\n'
+    assert own_modelfile("model-f16.gguf", None) == head
