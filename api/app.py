@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.context import Context
-from api.dependencies import refuse_unknown_query
+from api.dependencies import authenticate, refuse_unknown_query
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
@@ -48,12 +48,13 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("tuneyard"),
         lifespan=lifespan,
         redoc_url=None,
-        dependencies=[Depends(refuse_unknown_query)],
         responses={"default": {"model": ErrorOut, "description": "Every error has this shape."}},
         generate_unique_id_function=lambda route: route.name,
     )
-    for router in (*ROUTERS, health.router):
-        app.include_router(router)
+    # In this order: whoever has no key is told that, and nothing of what else is wrong.
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(authenticate), Depends(refuse_unknown_query)])
+    app.include_router(health.router, dependencies=[Depends(refuse_unknown_query)])
     # The last one added is the first that a request meets.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     if settings.allowed_origins:

@@ -67,9 +67,13 @@ HubDep = Annotated[Hub, Depends(_hub)]
 InspectorDep = Annotated[Inspector, Depends(_inspector)]
 
 
-def _caller(
+def authenticate(
     database: DatabaseDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
+    """
+    Raises:
+        Unauthorized: no key, or none that is good here.
+    """
     if credentials is None:
         raise Unauthorized(
             "This needs an API key: send the header `Authorization: Bearer KEY`.", code="no_api_key"
@@ -79,7 +83,7 @@ def _caller(
         return Caller(key.name, key.admin, key.id)
 
 
-CallerDep = Annotated[Caller, Depends(_caller)]
+CallerDep = Annotated[Caller, Depends(authenticate)]
 
 
 # An id that can't be one is as absent as one that names nothing.

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 
 from shared.errors import (
     InvalidRequest,
@@ -33,8 +34,13 @@ MAX_TOLD = 5
 MAX_PARAM = 100
 # Where FastAPI found the value: no part of the field's name.
 PLACES = frozenset({"body", "query", "path", "header", "cookie"})
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Fields that take nothing yet.
+NOT_YET = {"report_to": "no reporters are available in this version yet"}
 # pydantic names the member of a tagged union in the location; the field that the user wrote has no such part.
-UNION_TAGS = frozenset({("dataset", "hub"), ("dataset", "file")})
+UNION_TAGS = frozenset(
+    (field, source) for field in ("dataset", "validation_dataset") for source in ("hub", "file")
+)
 
 CODES = {
     "extra_forbidden": "unknown_field",
@@ -90,10 +96,18 @@ def _from_findings(findings: Sequence[Mapping[str, Any]]) -> TuneyardError:
     first = findings[0]
     if first["type"] == "json_invalid":
         return MalformedRequest(f"The body is not valid JSON: {first['ctx']['error']}.")
+    findings = _without_echoes(findings)
+    first = findings[0]
     sentences = [_sentence(finding) for finding in findings[:MAX_TOLD]]
     if len(findings) > MAX_TOLD:
         sentences.append(f"And {len(findings) - MAX_TOLD} more.")
     return InvalidRequest(" ".join(sentences), param=_param(first), code=_code(first["type"]))
+
+
+def _without_echoes(findings: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Leave out the lengths of what has wrong items: pydantic counts only the items that are right."""
+    within = {finding["loc"][:end] for finding in findings for end in range(len(finding["loc"]))}
+    return [f for f in findings if f["type"] not in ("too_short", "too_long") or f["loc"] not in within]
 
 
 def _code(kind: str) -> str:
@@ -121,6 +135,8 @@ def _sentence(finding: Mapping[str, Any]) -> str:
         return f"{name} can't be set in this version: leave it out."
     if kind == "union_tag_invalid":
         return f"{name} must be one of {context['expected_tags']}."
+    if kind == "too_long" and name in NOT_YET:
+        return f"{name} must be empty: {NOT_YET[name]}."
     if kind in ("too_long", "string_too_long"):
         length = context.get("actual_length", "more")
         return f"{name} is too long: {length}, where {context['max_length']} is the most."
@@ -151,11 +167,24 @@ def _routing(request: Request, error: Exception) -> Response:
         raise error
     if error.status_code == MethodNotAllowed.status:
         known: TuneyardError = MethodNotAllowed(f"{request.method} is not possible here.")
-    elif error.status_code == NotFound.status:
+        return render(known, {"allow": ", ".join(_allowed(request))})
+    if error.status_code == NotFound.status:
         known = NotFound("There is nothing here. /docs lists what there is.", code="unknown_route")
     else:
         known = MalformedRequest(str(error.detail), code="malformed_request")
     return render(known, error.headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that the routes of this path have between them."""
+    return [
+        method
+        for method in METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.router.routes
+        )
+    ]
 
 
 def _gone(_request: Request, _error: Exception) -> Response:

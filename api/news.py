@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from shared.clock import isoformat
 from shared.database import Database
@@ -254,6 +255,14 @@ class Tail:
 
     async def run(self) -> None:
         """Look whenever there is news, and every so often without, until the job has ended."""
+        try:
+            await self._watch()
+        except Exception:
+            # The boundary of one job's reader: its followers must not wait for what never comes.
+            logger.exception("The reader of %s failed", self._job_id)
+            self.close()
+
+    async def _watch(self) -> None:
         while not (self.ended or self.closed):
             self._news.clear()
             try:
@@ -262,7 +271,7 @@ class Tail:
                 # Deleted: there is no ending to tell.
                 self.close()
                 return
-            except DBAPIError as error:
+            except (DBAPIError, PoolTimeout) as error:
                 logger.warning("Could not look for news of %s: %s", self._job_id, error)
                 more = False
                 await asyncio.sleep(LOOK_SECONDS_ALONE)

@@ -37,7 +37,8 @@ UPLOAD: dict[str, Any] = {
 async def upload_dataset(context: ContextDep, caller: CallerDep, request: Request) -> DatasetOut:
     """Upload a data file. A file that can't be used is stored too: its `error` says why.
 
-    Small files are looked into at once; larger ones are `uploaded` until that has been done.
+    Small files are looked into at once; larger ones, and packed ones that take more than a few seconds, are
+    `uploaded` until that has been done.
     """
     return await datasets.create(context, caller, request.stream(), request.headers)
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from api.dependencies import CallerDep, DatabaseDep, DoorbellDep, JobId, JobPage, SettingsDep, StoreDep
 from api.schemas import EstimateOut, JobOut, ListOut
 from api.services import jobs
-from api.services.jobs import Filters, Submission
+from api.services.jobs import Filters
 from shared.lifecycle import JobStatus
 from shared.spec import SPEC_EXAMPLE
 
@@ -54,8 +54,8 @@ IdempotencyKey = Annotated[
 ]
 
 
-async def _submission(request: Request) -> Submission:
-    return jobs.parse_submission(await request.body())
+async def _body(request: Request) -> bytes:
+    return await request.body()
 
 
 async def _filters(
@@ -66,7 +66,7 @@ async def _filters(
     return jobs.parse_filters(status, request.query_params)
 
 
-SubmissionDep = Annotated[Submission, Depends(_submission)]
+BodyDep = Annotated[bytes, Depends(_body)]
 FiltersDep = Annotated[Filters, Depends(_filters)]
 
 
@@ -76,22 +76,22 @@ def create_job(
     doorbell: DoorbellDep,
     settings: SettingsDep,
     caller: CallerDep,
-    submission: SubmissionDep,
+    body: BodyDep,
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> JobOut:
     """Queue a fine-tuning job. `{}` is a complete spec."""
-    job = jobs.create(database, doorbell, settings, caller, submission, idempotency_key)
+    job = jobs.create(database, doorbell, settings, caller, body, idempotency_key)
     response.headers["location"] = f"/jobs/{job.id}"
     return job
 
 
 @router.post("/estimate", openapi_extra=SPEC_BODY)
 def estimate_job(
-    database: DatabaseDep, settings: SettingsDep, caller: CallerDep, submission: SubmissionDep
+    database: DatabaseDep, settings: SettingsDep, caller: CallerDep, body: BodyDep
 ) -> EstimateOut:
     """What a job would take, without queueing it; null where it can't be known before it runs."""
-    return jobs.estimate_job(database, settings, caller, submission)
+    return jobs.estimate_job(database, settings, caller, body)
 
 
 @router.get("", openapi_extra=METADATA_FILTER)

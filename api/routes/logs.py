@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from api.streams import EventStream
 router = APIRouter(prefix="/jobs/{job_id}", tags=["logs"])
 
 EVENT_STREAM = "text/event-stream"
+SEQ = re.compile(r"[0-9]{1,19}")
 MAX_SEQ = 2**63 - 1
 CONTENT: dict[int | str, dict[str, Any]] = {
     200: {
@@ -29,7 +31,8 @@ CONTENT: dict[int | str, dict[str, Any]] = {
 
 After = Annotated[int, Query(ge=0, le=MAX_SEQ, description="The last seq that you have.")]
 LastEventId = Annotated[
-    int | None, Header(ge=0, le=MAX_SEQ, description="The same, as browsers send it when they reconnect.")
+    str | None,
+    Header(description="The same, as browsers send it when they reconnect; what is no seq is ignored."),
 ]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries of one answer.")]
 Wait = Annotated[float, Query(ge=0, le=30, description="Seconds to wait for the first new entry.")]
@@ -48,9 +51,9 @@ async def get_logs(
     last_event_id: LastEventId = None,
 ) -> Response:
     """The job's log after a seq: a page, a long poll (`wait`), or a stream (`Accept: text/event-stream`)."""
-    if EVENT_STREAM in request.headers.get("accept", ""):
+    if accepts(",".join(request.headers.getlist("accept")), EVENT_STREAM):
         await to_thread.run_sync(logs.read_page, database, job_id, caller.scope, 0, 1)
-        start = after if last_event_id is None else last_event_id
+        start = _seq(last_event_id, after)
         return EventStream(partial(logs.follow, hub, database, caller, job_id, start))
     page = await logs.wait_page(hub, database, job_id, caller.scope, after, limit, wait)
     return Response(page.to_json(), media_type="application/json")
@@ -67,3 +70,19 @@ def get_metrics(database: DatabaseDep, caller: CallerDep, job_id: JobId) -> Resp
 def get_checkpoints(database: DatabaseDep, caller: CallerDep, job_id: JobId) -> ListOut[CheckpointOut]:
     """The checkpoints that are kept, oldest first."""
     return jobs.list_checkpoints(database, caller, job_id)
+
+
+def accepts(header: str, media_type: str) -> bool:
+    """Whether an Accept header names this type itself, and not with `q=0`; wildcards don't count."""
+    for item in header.split(","):
+        kind, *parameters = [part.strip().lower() for part in item.split(";")]
+        refused = any(re.fullmatch(r"q\s*=\s*0(\.0*)?", parameter) for parameter in parameters)
+        if kind == media_type and not refused:
+            return True
+    return False
+
+
+def _seq(last_event_id: str | None, after: int) -> int:
+    if last_event_id is None or not SEQ.fullmatch(last_event_id) or int(last_event_id) > MAX_SEQ:
+        return after
+    return int(last_event_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from shared.tables import ArtifactRow
 
 # What Tuneyard calls its files; anything else can't be in the table, nor in any path.
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-BYTES_RANGE = re.compile(r"bytes=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", re.IGNORECASE)
+BYTES_RANGE = re.compile(r"bytes=\s*([0-9]*)\s*-\s*([0-9]*)\s*", re.IGNORECASE)
+MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,20 @@ def parse_range(value: str, size: int) -> Span | None:
         return None
     if not first:
         # The last N bytes; more than there are means all.
-        start, end = max(size - int(last), 0), size
-        if int(last) == 0:
-            start = size
+        start, end = max(size - _position(last), 0), size
     else:
-        start, end = int(first), min(int(last) + 1, size) if last else size
-        if last and int(last) < int(first):
+        start, end = _position(first), min(_position(last) + 1, size) if last else size
+        if last and _position(last) < start:
             return None
     if start >= size:
         raise RangeNotSatisfiable(f"The file has {size} bytes: the range begins beyond its end.", size)
     return Span(start, end)
+
+
+def _position(digits: str) -> int:
+    """The number; one that no file reaches may have thousands of digits, and counts as the largest."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= MAX_DIGITS else sys.maxsize
 
 
 def _span(headers: Mapping[str, str], row: ArtifactRow, etag: str) -> Span | None:

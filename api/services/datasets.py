@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import get_args
 
 from anyio import to_thread
@@ -13,8 +16,9 @@ from api.context import Caller, Context
 from api.schemas import DatasetOut, ListOut
 from api.services import uploads
 from api.services.inspection import Finding, inspect
+from shared.data.packed import PARQUET_MAGIC
 from shared.database import Database
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.ids import new_dataset_id
 from shared.repository import files
 from shared.repository.jobs import Page
@@ -23,6 +27,10 @@ from shared.storage import Store
 from shared.tables import DatasetRow
 
 FORMATS: tuple[str, ...] = get_args(DataFormat)
+# A few hundred bytes of these may take seconds and gigabytes to unpack.
+PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", PARQUET_MAGIC)
+# How long the answer to a small upload waits for what is found in it.
+LOOK_SECONDS = 5.0
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 logger = logging.getLogger(__name__)
@@ -31,7 +39,7 @@ logger = logging.getLogger(__name__)
 async def create(
     context: Context, caller: Caller, chunks: AsyncIterator[bytes], headers: Mapping[str, str]
 ) -> DatasetOut:
-    """Store an upload. A small one is looked into at once, a larger one later.
+    """Store an upload. A small one is looked into before the answer, if that takes no more than seconds.
 
     Raises:
         InvalidRequest: no file, an empty one, or a format that there is not.
@@ -54,7 +62,9 @@ async def create(
         why = "has no room for this file" if error.errno in DISK_FULL else "did not take this file"
         raise Unavailable(f"The server's disk {why}.", code="storage_unavailable") from error
     if row.status == "uploaded":
-        context.inspector.add(row.id)
+        looked_into = context.inspector.add(row)
+        if row.bytes <= settings.inline_inspect_bytes:
+            return await _second_look(context.database, row, looked_into)
     return DatasetOut.of(row)
 
 
@@ -93,15 +103,37 @@ def delete(database: Database, store: Store, caller: Caller, dataset_id: str) ->
 
 
 async def _first_look(upload: uploads.Upload, inline_bytes: int) -> Finding | None:
-    """What a small file holds; None for one that takes longer to look into than a client should wait.
+    """What a small text holds; None for a file that must not be looked into in this process.
 
     Raises:
         InvalidRequest: the form names a format that there is not.
     """
     format_name = _format_of(upload)
-    if upload.bytes > inline_bytes:
+    if upload.bytes > inline_bytes or await to_thread.run_sync(_is_packed, upload.path):
         return None
     return await to_thread.run_sync(inspect, upload.path, format_name)
+
+
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith(PACKED)
+
+
+async def _second_look(database: Database, row: DatasetRow, looked_into: asyncio.Event) -> DatasetOut:
+    """The dataset once it was looked into, or as it is after some seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_SECONDS):
+            await looked_into.wait()
+    try:
+        return await to_thread.run_sync(_read, database, row.id)
+    except NotFound:
+        # Deleted meanwhile: it was stored all the same.
+        return DatasetOut.of(row)
+
+
+def _read(database: Database, dataset_id: str) -> DatasetOut:
+    with database.read() as session:
+        return DatasetOut.of(files.get_dataset(session, dataset_id, None))
 
 
 def _store(

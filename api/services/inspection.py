@@ -1,12 +1,17 @@
-"""Looking into uploaded files: small ones at once, large ones one by one in a child process."""
+"""Looking into uploaded files: small texts at once, all others in child processes.
+
+Two at a time at most, and of each owner one after the other.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import sys
-from contextlib import suppress
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +23,13 @@ from shared.database import Database
 from shared.errors import DatasetError, NotFound
 from shared.repository import files
 from shared.storage import Store
+from shared.tables import DatasetRow
 
 CHILD = "api.inspect_dataset"
-CHILD_SECONDS = 3600.0
+CHILD_SECONDS = 600.0
+AT_ONCE = 2
+# What a child sees of the environment, which may hold the passwords of the database and of Redis.
+ENVIRONMENT = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 
 logger = logging.getLogger(__name__)
 
@@ -55,43 +64,58 @@ def inspect(path: Path, format_name: str) -> Finding:
 
 
 class Inspector:
-    """Looks into uploads in the background, one at a time."""
+    """Looks into uploads in the background; an owner with many files holds up no other."""
 
     def __init__(self, database: Database, store: Store, folder: Path) -> None:
         self._database = database
         self._store = store
         self._folder = folder
-        self._waiting: asyncio.Queue[str] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
+        # An owner's files that wait, for as long as a task of that owner's takes them one by one.
+        self._waiting: dict[str, deque[tuple[str, asyncio.Event]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # It lets owners in by turns.
+        self._slots = asyncio.Semaphore(AT_ONCE)
 
     async def start(self) -> None:
         """Begin, with the uploads that an earlier process left unchecked."""
-        for dataset_id in await to_thread.run_sync(self._unchecked):
-            self._waiting.put_nowait(dataset_id)
-        self._task = asyncio.create_task(self._run())
+        for row in await to_thread.run_sync(self._unchecked):
+            self.add(row)
 
     async def stop(self) -> None:
-        """End, together with a child that is at work; its file is looked into at the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        """End, together with children that are at work; their files are looked into at the next start."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._waiting.clear()
 
-    def add(self, dataset_id: str) -> None:
-        self._waiting.put_nowait(dataset_id)
+    def add(self, row: DatasetRow) -> asyncio.Event:
+        """Look into it when it is its turn; the event tells that this has been done."""
+        done = asyncio.Event()
+        if row.owner not in self._waiting:
+            self._waiting[row.owner] = deque()
+            task = asyncio.create_task(self._run(row.owner))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._waiting[row.owner].append((row.id, done))
+        return done
 
-    def _unchecked(self) -> list[str]:
+    def _unchecked(self) -> list[DatasetRow]:
         with self._database.read() as session:
-            return [row.id for row in files.unchecked_datasets(session)]
+            return files.unchecked_datasets(session)
 
-    async def _run(self) -> None:
-        while True:
-            dataset_id = await self._waiting.get()
+    async def _run(self, owner: str) -> None:
+        waiting = self._waiting[owner]
+        while waiting:
+            dataset_id, done = waiting.popleft()
             try:
-                await self._check(dataset_id)
+                async with self._slots:
+                    await self._check(dataset_id)
             except Exception:
                 # The boundary of one upload's inspection: the next ones must not wait for ever.
                 logger.exception("Could not look into the dataset %s", dataset_id)
+            done.set()
+        del self._waiting[owner]
 
     async def _check(self, dataset_id: str) -> None:
         aside = self._folder / f"{dataset_id}.inspect"
@@ -114,6 +138,12 @@ class Inspector:
             files.set_checked(session, dataset_id, finding.format, finding.report, finding.error)
 
 
+def child_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """What a child needs of this process' environment."""
+    kept = {name: value for name, value in own.items() if name in ENVIRONMENT or name.startswith("LC_")}
+    return kept | {"PYTHONUTF8": "1"}
+
+
 async def _inspect_in_child(path: Path, format_name: str) -> Finding:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -122,6 +152,7 @@ async def _inspect_in_child(path: Path, format_name: str) -> Finding:
         str(path),
         format_name,
         cwd=Path(__file__).parents[2],
+        env=child_environment(os.environ),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -130,7 +161,9 @@ async def _inspect_in_child(path: Path, format_name: str) -> Finding:
         async with asyncio.timeout(CHILD_SECONDS):
             output, complaints = await process.communicate()
     except TimeoutError:
-        return Finding(format_name, error="The file could not be looked into in an hour.")
+        return Finding(
+            format_name, error=f"The file could not be looked into in {CHILD_SECONDS / 60:g} minutes."
+        )
     finally:
         if process.returncode is None:
             process.kill()

@@ -6,18 +6,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from api.context import Caller
 from api.errors import invalid_spec
 from api.schemas import CheckpointOut, EstimateOut, JobOut, ListOut
 from shared.clock import utcnow
 from shared.database import Database, Session
-from shared.errors import InvalidRequest, NotFound, QuotaExceeded, StateConflict
+from shared.errors import InvalidRequest, MalformedRequest, NotFound, QuotaExceeded, StateConflict
 from shared.events import Entry
 from shared.ids import new_job_id
 from shared.lifecycle import JobStatus
@@ -37,14 +38,6 @@ METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Submission:
-    """A spec as it was sent; `digest` tells whether two bodies say the same, however they are written."""
-
-    spec: JobSpec
-    digest: str
-
-
-@dataclass(frozen=True)
 class Filters:
     """Which jobs to list; None and empty for all."""
 
@@ -53,19 +46,27 @@ class Filters:
     metadata: Mapping[str, str]
 
 
-def parse_submission(body: bytes) -> Submission:
+def parse_spec(body: bytes) -> JobSpec:
     """The spec in a request's body, strictly read.
 
     Raises:
-        MalformedRequest: the body is not JSON.
+        MalformedRequest: the body is not JSON, or names a key twice.
         InvalidRequest: names the first field that is wrong, and tells of the others.
     """
+    # What this parser can't take, the spec's own refuses with its place.
+    with suppress(ValueError, RecursionError):
+        _load(body)
     try:
-        spec = JobSpec.model_validate_json(body)
+        return JobSpec.model_validate_json(body)
     except ValidationError as error:
         raise invalid_spec(error) from error
-    canonical = json.dumps(from_json(body), sort_keys=True, separators=(",", ":"))
-    return Submission(spec, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def digest_of(body: bytes) -> str:
+    """Tells whether two bodies say the same, however they are written; what is no JSON is taken as it is."""
+    with suppress(ValueError, RecursionError, MalformedRequest):
+        body = json.dumps(_load(body), sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(body).hexdigest()
 
 
 def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters:
@@ -91,26 +92,33 @@ def create(
     doorbell: Doorbell,
     settings: Settings,
     caller: Caller,
-    submission: Submission,
+    body: bytes,
     idempotency_key: str | None,
 ) -> JobOut:
     """Queue a job, or give again the one that this idempotency key made.
 
     Raises:
+        MalformedRequest: the body is not JSON.
         InvalidRequest: the job is known to be impossible or not allowed here.
         StateConflict: the idempotency key made another job from another body.
         QuotaExceeded: the owner has as many queued jobs as this server lets one have.
     """
-    spec = submission.spec
+    digest = digest_of(body)
+    if idempotency_key is not None:
+        # Before the body is judged, for what is allowed here may have changed since the job was made.
+        with database.read() as session:
+            earlier = _made_before(session, caller, idempotency_key, digest)
+            if earlier is not None:
+                return _job_out(session, earlier)
+    spec = parse_spec(body)
     check_spec(spec, settings, find_model(settings, spec.model), admin=caller.admin)
     with database.write() as session:
         jobs.lock_owner(session, caller.name)
         if idempotency_key is not None:
-            earlier = _made_before(session, caller, idempotency_key, submission.digest)
+            earlier = _made_before(session, caller, idempotency_key, digest)
             if earlier is not None:
                 return _job_out(session, earlier)
-        if isinstance(spec.dataset, FileDataset):
-            _usable_dataset(session, caller, spec.dataset)
+        _usable_datasets(session, caller, spec)
         if jobs.count_queued(session, caller.name) >= settings.max_queued_jobs:
             raise QuotaExceeded(
                 f"You have {settings.max_queued_jobs} queued jobs, which is this server's limit for one "
@@ -127,31 +135,28 @@ def create(
         )
         jobs.add_job(session, job, Entry("Accepted. Waiting for a worker."))
         if idempotency_key is not None:
-            jobs.put_idempotent(session, caller.name, idempotency_key, submission.digest, job.id)
+            jobs.put_idempotent(session, caller.name, idempotency_key, digest, job.id)
         created = JobOut.of(job, [])
     # After the commit: a supervisor that comes at once must find the job.
     doorbell.ring(job.id)
     return created
 
 
-def estimate_job(
-    database: Database, settings: Settings, caller: Caller, submission: Submission
-) -> EstimateOut:
+def estimate_job(database: Database, settings: Settings, caller: Caller, body: bytes) -> EstimateOut:
     """What the job would take on the workers that are on line; nothing is stored.
 
     Raises:
+        MalformedRequest: the body is not JSON.
         InvalidRequest: the job is known to be impossible or not allowed here.
     """
-    spec = submission.spec
+    spec = parse_spec(body)
     model: ModelInfo = find_model(settings, spec.model)
     check_spec(spec, settings, model, admin=caller.admin)
     with database.read() as session:
-        report = None
-        if isinstance(spec.dataset, FileDataset):
-            report = _usable_dataset(session, caller, spec.dataset).report
+        dataset = _usable_datasets(session, caller, spec)
         since = utcnow() - timedelta(seconds=settings.lease_seconds)
         plan = make_plan(spec, devices_of(keys.live_workers(session, since)))
-    return EstimateOut.model_validate(estimate(spec, model, report, plan))
+    return EstimateOut.model_validate(estimate(spec, model, dataset.report if dataset else None, plan))
 
 
 def list_page(database: Database, caller: Caller, page: Page, filters: Filters) -> ListOut[JobOut]:
@@ -235,6 +240,20 @@ def _job_out(session: Session, job: Job) -> JobOut:
     return JobOut.of(job, files.list_artifacts(session, job.id))
 
 
+def _load(body: bytes) -> Any:
+    return json.loads(body.decode(), object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            # Readers differ in which of the two counts.
+            raise MalformedRequest(f"The body is not valid JSON: it has the key {key[:100]!r} twice.")
+        found[key] = value
+    return found
+
+
 def _made_before(session: Session, caller: Caller, key: str, digest: str) -> Job | None:
     earlier = jobs.find_idempotent(session, caller.name, key)
     if earlier is None:
@@ -248,23 +267,33 @@ def _made_before(session: Session, caller: Caller, key: str, digest: str) -> Job
     return jobs.get_job(session, earlier.job_id, caller.name)
 
 
-def _usable_dataset(session: Session, caller: Caller, dataset: FileDataset) -> DatasetRow:
+def _usable_datasets(session: Session, caller: Caller, spec: JobSpec) -> DatasetRow | None:
+    """Both uploaded files that a spec may name; returns the one to train on."""
+    found = None
+    if isinstance(spec.dataset, FileDataset):
+        found = _usable_dataset(session, caller, spec.dataset, "dataset.file_id")
+    if isinstance(spec.validation_dataset, FileDataset):
+        _usable_dataset(session, caller, spec.validation_dataset, "validation_dataset.file_id")
+    return found
+
+
+def _usable_dataset(session: Session, caller: Caller, dataset: FileDataset, param: str) -> DatasetRow:
     """The uploaded file that a spec names, if it can be trained on as far as is known.
 
     Locked in a transaction that writes, so that it can't be deleted before the job is there.
     """
     try:
-        row = files.get_dataset(session, dataset.file_id, caller.scope, lock=True)
+        row = files.get_dataset(session, dataset.file_id, caller.name, lock=True)
     except NotFound as error:
         raise InvalidRequest(
             f"There is no dataset {dataset.file_id}: upload the file with POST /datasets first.",
-            param="dataset.file_id",
+            param=param,
             code="dataset_not_found",
         ) from error
     if row.status == "error":
         raise InvalidRequest(
             f"The dataset {row.id} can't be used: {row.error}",
-            param="dataset.file_id",
+            param=param,
             code="dataset_unusable",
         )
     return row

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from anyio import to_thread
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from shared.errors import InvalidRequest, MalformedRequest, TooLarge
@@ -117,27 +117,12 @@ class _Form:
         self._filename: str | None = None
         self._fields: dict[str, str] = {}
         self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._on_header_name,
-                "on_header_value": self._on_header_value,
-                "on_header_end": self._header,
-                "on_part_data": self._data,
-                "on_part_end": self._end,
-                "on_end": self._finished,
-            },
-        )
+        self._parser = self._new_parser(boundary)
 
     def write(self, data: bytes) -> None:
         self._overhead += len(data)
-        try:
+        with _malformed():
             self._parser.write(data)
-        except MultipartParseError as error:
-            raise MalformedRequest(
-                f"The body is not valid multipart/form-data: {error}", code="malformed_multipart"
-            ) from error
         # What did not go into the file: the form around it.
         if self._overhead - self._size > ENVELOPE_BYTES:
             raise TooLarge("The form around the file is too large.")
@@ -161,6 +146,22 @@ class _Form:
             raise InvalidRequest("The file is empty.", param="file", code="empty_file")
         filename = display_name(self._fields.get("name") or self._filename)
         return Upload(path, filename, self._size, self._digest.hexdigest(), self._fields)
+
+    def _new_parser(self, boundary: bytes) -> MultipartParser:
+        # A boundary over 256 bytes is refused here.
+        with _malformed():
+            return MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._on_header_name,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._header,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end,
+                    "on_end": self._finished,
+                },
+            )
 
     def _begin(self) -> None:
         self._parts += 1
@@ -212,6 +213,16 @@ class _Form:
 
     def _finished(self) -> None:
         self._ended = True
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    try:
+        yield
+    except FormParserError as error:
+        raise MalformedRequest(
+            f"The body is not valid multipart/form-data: {error}", code="malformed_multipart"
+        ) from error
 
 
 def _boundary(content_type: str) -> bytes:

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 
 from api.context import Caller
-from api.news import Hub
+from api.news import Hub, Tail
 from api.services import logs as log_service
 from shared.database import Database
 from shared.repository import keys
@@ -231,6 +232,23 @@ async def test_a_job_that_is_deleted_ends_its_followers(database: Database, sett
     async with asyncio.timeout(10):
         await follower
     assert b"event: end" not in b"".join(written)
+    await hub.stop()
+
+
+@pytest.mark.anyio
+async def test_a_reader_that_fails_ends_its_followers(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("not an entry")
+
+    hub = Hub(database, settings.redis())
+    job_id = make_job(database)
+    monkeypatch.setattr(Tail, "_read", broken)
+    async with asyncio.timeout(10):
+        await log_service.follow(hub, database, ANN, job_id, 0, AsyncMock())
+    assert "not an entry" in caplog.text
+    assert hub.followers == 0
     await hub.stop()
 
 

@@ -92,6 +92,34 @@ async def test_a_spec_that_is_wrong(api: Api, body: str, code: str, param: str |
     assert param is None or param in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ('{"name": "a", "name": "a"}', "name"),
+        ('{"lora": {"r": 8, "alpha": 1, "r": 16}}', "r"),
+        ('{"name": "a", "\\u006eame": "b", "gpus": 9}', "name"),
+        ('{"metadata": {"\\ud800": "a", "\\ud800": "b"}}', "\\ud800"),
+        ("{" + '"x": 1,' * 10_000 + '"y": 1}', "x"),
+    ],
+    ids=lambda v: v[:30],
+)
+async def test_a_key_that_comes_twice(api: Api, body: str, key: str) -> None:
+    for path in ("/jobs", "/jobs/estimate"):
+        error = error_of(await api.ann.post(path, content=body), 400)
+        assert error["code"] == "malformed_json"
+        assert f"'{key}'" in error["message"]
+
+
+async def test_a_length_is_no_error_of_its_own_where_an_item_is_wrong(api: Api) -> None:
+    error = error_of(await api.ann.post("/jobs", json={"exports": ["gguf:q2_k"]}), 422)
+    assert error["param"] == "exports.0"
+    assert "too short" not in error["message"]
+    error = error_of(await api.ann.post("/jobs", json={"exports": [], "lora": {"r": 0}}), 422)
+    assert "exports is too short" in error["message"]
+    error = error_of(await api.ann.post("/jobs", json={"report_to": ["wandb"]}), 422)
+    assert error["message"] == "report_to must be empty: no reporters are available in this version yet."
+
+
 async def test_an_error_names_the_limit(api: Api) -> None:
     error = error_of(await api.ann.post("/jobs", json={"lora": {"r": 9999}}), 422)
     assert "lora.r" in error["message"]
@@ -199,8 +227,19 @@ async def test_routes_and_methods_that_there_are_not(api: Api) -> None:
     assert error_of(await api.ann.get("/nothing"), 404)["code"] == "unknown_route"
     answer = await api.ann.put("/jobs", json={})
     assert error_of(answer, 405)["code"] == "method_not_allowed"
-    assert "POST" in answer.headers["allow"] or "GET" in answer.headers["allow"]
+    assert answer.headers["allow"] == "GET, POST"
     job_id = await api.create()
+    for method, path, allowed in (
+        ("PUT", f"/jobs/{job_id}", "GET, DELETE"),
+        ("POST", f"/jobs/{job_id}/artifacts/adapter.tar", "GET, HEAD"),
+        ("GET", f"/jobs/{job_id}/cancel", "POST"),
+        ("PATCH", "/datasets", "GET, POST"),
+        ("DELETE", "/healthz", "GET"),
+        ("POST", "/docs", "GET, HEAD"),
+    ):
+        answer = await api.ann.request(method, path)
+        error_of(answer, 405)
+        assert answer.headers["allow"] == allowed
     for path in (f"/jobs/{job_id}/pause", f"/jobs/{job_id}/resume", f"/jobs/{job_id}/exports", "/v1/models"):
         assert (await api.ann.post(path)).status_code == 404
 

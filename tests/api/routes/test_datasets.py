@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import gzip
 import hashlib
+import io
 import os
 import socket
 import sys
@@ -12,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from api.context import Context
+from api.services import datasets, inspection
 from shared.settings import Settings
 from shared.tables import DatasetRow
 from tests.api.conftest import GOOD_ROW, SPEC, Api, Live, error_of, eventually
@@ -68,6 +74,49 @@ async def test_a_large_file_is_looked_into_later(
     bad = await eventually(lambda: looked_into(broken["id"]), 30)
     assert bad["status"] == "error"
     assert "line 21" in bad["error"].lower()
+
+
+def _parquet(rows: int) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["hello"] * rows}), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (gzip.compress(ROWS), "processed"),
+        (pyarrow.compress(ROWS, "zstd", asbytes=True), "processed"),
+        (_parquet(100), "processed"),
+        (gzip.compress(b"{"), "error"),
+        (b"\x1f\x8b", "error"),
+        (b"PAR1", "error"),
+    ],
+    ids=["gzip", "zstd", "parquet", "broken row", "broken gzip", "broken parquet"],
+)
+async def test_a_small_packed_file_is_looked_into_elsewhere_and_waited_for(
+    api: Api, content: bytes, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(*_: Any) -> None:
+        pytest.fail("must not be unpacked in the API's process")
+
+    monkeypatch.setattr(datasets, "inspect", here)
+    monkeypatch.setattr(datasets, "LOOK_SECONDS", 30.0)
+    found = (await upload(api, content)).json()
+    assert found["status"] == status, found
+    assert (await api.ann.get(f"/datasets/{found['id']}")).json() == found
+
+
+async def test_a_small_packed_file_is_waited_for_no_longer_than_seconds(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def endless(*_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(inspection, "_inspect_in_child", endless)
+    monkeypatch.setattr(datasets, "LOOK_SECONDS", 0.05)
+    answer = await upload(api, gzip.compress(ROWS))
+    assert (answer.status_code, answer.json()["status"]) == (201, "uploaded")
 
 
 async def test_an_upload_that_nobody_looked_into_is_found_at_the_start(api: Api, settings: Settings) -> None:
@@ -138,6 +187,17 @@ async def test_forms_that_are_broken(api: Api, settings: Settings, body: bytes) 
     )
     assert answer.status_code in (400, 422)
     error_of(answer, answer.status_code)
+    assert left_in(settings) == []
+
+
+@pytest.mark.parametrize("length", [257, 5000])
+async def test_a_boundary_that_is_too_long(api: Api, settings: Settings, length: int) -> None:
+    boundary = "b" * length
+    part = 'Content-Disposition: form-data; name="file"; filename="a"'
+    body = f"--{boundary}\r\n{part}\r\n\r\nx\r\n--{boundary}--"
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    answer = await api.ann.post("/datasets", content=body, headers=headers)
+    assert error_of(answer, 400)["code"] == "malformed_multipart"
     assert left_in(settings) == []
 
 
@@ -219,9 +279,10 @@ async def test_lists_are_paged(api: Api) -> None:
     assert (first["has_more"], rest["has_more"], rest["next"]) == (True, False, None)
 
 
-async def test_a_dataset_in_use_is_kept(api: Api) -> None:
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+async def test_a_dataset_in_use_is_kept(api: Api, field: str) -> None:
     dataset_id = (await upload(api, ROWS)).json()["id"]
-    job_id = await api.create(dataset={"source": "file", "file_id": dataset_id})
+    job_id = await api.create(**{field: {"source": "file", "file_id": dataset_id}})
     error_of(await api.ann.delete(f"/datasets/{dataset_id}"), 409)
     await api.ann.post(f"/jobs/{job_id}/cancel")
     answer = await api.ann.delete(f"/datasets/{dataset_id}")

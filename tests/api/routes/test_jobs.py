@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from api.services.jobs import parse_submission
+from api.services.jobs import digest_of
 from shared.lifecycle import JobStatus
 from shared.repository import jobs
 from shared.settings import Settings
 from shared.spec import JobSpec
+from shared.tables import IdempotencyKey
 from tests.api.conftest import GOOD_ROW, SPEC, Api, error_of
 
 pytestmark = pytest.mark.anyio
@@ -58,6 +60,44 @@ async def test_a_key_gives_the_same_job_again(api: Api) -> None:
     other = await api.bob.post("/jobs", json={}, headers=headers)
     assert other.status_code == 201
     assert other.json()["id"] != first.json()["id"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"nmae": 1}', b'{"lora": {"r": 0}}', b'{"model": "a","model": "b"}', b"\xff"]
+)
+async def test_a_key_with_another_body_is_a_conflict_however_wrong_that_is(api: Api, body: bytes) -> None:
+    headers = {"Idempotency-Key": "once"}
+    assert (await api.ann.post("/jobs", json=SPEC, headers=headers)).status_code == 201
+    error = error_of(await api.ann.post("/jobs", content=body, headers=headers), 409)
+    assert error["code"] == "idempotency_conflict"
+    # A body that made nothing takes no key.
+    assert (await api.ann.post("/jobs", content=body, headers={"Idempotency-Key": "two"})).status_code >= 400
+    again = await api.ann.post("/jobs", json=SPEC, headers={"Idempotency-Key": "two"})
+    assert again.status_code == 201
+
+
+async def test_a_key_gives_the_same_job_though_it_would_be_refused_now(
+    api: Api, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {"Idempotency-Key": "early"}
+    first = await api.ann.post("/jobs", json=SPEC, headers=headers)
+    strict = settings.model_copy(update={"model_allow": "owner/*", "max_queued_jobs": 1})
+    monkeypatch.setattr(api.app.state, "context", _with_settings(api, strict))
+    error_of(await api.ann.post("/jobs", json=SPEC), 422)
+    again = await api.ann.post("/jobs", json=SPEC, headers=headers)
+    assert (again.status_code, again.json()) == (201, first.json())
+
+
+async def test_a_key_is_forgotten_after_a_day(api: Api) -> None:
+    headers = {"Idempotency-Key": "daily"}
+    first = (await api.ann.post("/jobs", json=SPEC, headers=headers)).json()["id"]
+    with api.database.write() as session:
+        made = session.get(IdempotencyKey, ("ann", "daily"))
+        assert made is not None
+        made.created_at -= timedelta(hours=25)
+    second = (await api.ann.post("/jobs", json={}, headers=headers)).json()["id"]
+    assert second != first
+    assert (await api.ann.post("/jobs", json={}, headers=headers)).json()["id"] == second
 
 
 async def test_a_doubled_request_makes_one_job(api: Api) -> None:
@@ -108,7 +148,7 @@ async def test_lists_are_paged_newest_first(api: Api) -> None:
 
 
 async def test_lists_are_filtered(api: Api) -> None:
-    search = await api.create(metadata={"team": "search", "odd.key [1]": "1"})
+    search = await api.create(metadata={"team": "search", "odd.key (1)": "1"})
     other = await api.create(model="owner/other", metadata={"team": "ads"})
     await api.ann.post(f"/jobs/{other}/cancel")
 
@@ -123,7 +163,7 @@ async def test_lists_are_filtered(api: Api) -> None:
     assert await found("metadata[team]=search") == [search]
     assert await found("metadata%5Bteam%5D=search&status=queued") == [search]
     assert await found("metadata[team]=search&metadata[absent]=1") == []
-    assert await found("metadata[odd.key [1]]=1") == [search]
+    assert await found("metadata[odd.key (1)]=1") == [search]
 
 
 async def test_a_job_is_cancelled_once_and_told_so_again(api: Api) -> None:
@@ -213,6 +253,26 @@ async def test_a_job_on_a_file_that_can_not_be_used_is_refused(api: Api) -> None
         error = error_of(await api.ann.post(path, json=spec), 422)
         assert (error["code"], error["param"]) == ("dataset_unusable", "dataset.file_id")
         assert uploaded["error"] in error["message"]
+        spec_of_both = SPEC | {"validation_dataset": spec["dataset"]}
+        error = error_of(await api.ann.post(path, json=spec_of_both), 422)
+        assert (error["code"], error["param"]) == ("dataset_unusable", "validation_dataset.file_id")
+
+
+async def test_validation_data_is_looked_for_and_limited_as_training_data_is(api: Api) -> None:
+    rows = b"".join(GOOD_ROW % n for n in range(3))
+    file_id = (await api.ann.post("/datasets", files={"file": ("a.jsonl", rows)})).json()["id"]
+    spec = SPEC | {"validation_dataset": {"source": "file", "file_id": file_id}}
+    answer = await api.ann.post("/jobs", json=spec)
+    assert answer.status_code == 201
+    assert answer.json()["spec"]["validation_dataset"]["file_id"] == file_id
+    error = error_of(await api.bob.post("/jobs", json=spec), 422)
+    assert (error["code"], error["param"]) == ("dataset_not_found", "validation_dataset.file_id")
+    malformed = SPEC | {"validation_dataset": {"source": "file", "file_id": "x"}}
+    assert error_of(await api.ann.post("/jobs", json=malformed), 422)["param"] == "validation_dataset.file_id"
+    alone = SPEC | {"training": {"eval_steps": 5}}
+    error = error_of(await api.ann.post("/jobs", json=alone), 422)
+    assert error["param"] == "training.eval_steps"
+    assert error["message"].startswith("training.eval_steps needs rows to evaluate")
 
 
 async def test_an_estimate_queues_nothing(api: Api) -> None:
@@ -226,7 +286,10 @@ async def test_an_estimate_queues_nothing(api: Api) -> None:
 
 
 def test_two_bodies_that_say_the_same_have_one_digest() -> None:
-    first = parse_submission(b'{"name":"a","lora":{"r":8,"alpha":16}}')
-    second = parse_submission(b' {"lora": {"alpha": 16, "r": 8}, "name": "\\u0061"} ')
-    assert first == second
-    assert parse_submission(b'{"name":"b"}').digest != first.digest
+    first = digest_of(b'{"name":"a","lora":{"r":8,"alpha":16}}')
+    assert first == digest_of(b' {"lora": {"alpha": 16, "r": 8}, "name": "\\u0061"} ')
+    bodies = [
+        b'{"name":"b"}', b'{"name":"b","name":"b"}', b'{"name":"\\ud800"}', b'{"name":NaN}', b"", b"{", b"{ ",
+        b"\xff", b"[" * 10_000, b"9" * 5000,
+    ]  # fmt: skip
+    assert len({first, *map(digest_of, bodies)}) == 1 + len(bodies)

@@ -12,7 +12,7 @@ import pytest
 from shared.events import Checkpoint, Entry
 from shared.lifecycle import JobStatus
 from shared.repository import logs
-from tests.api.conftest import Api, error_of, eventually
+from tests.api.conftest import Api, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -123,8 +123,33 @@ async def test_a_stream_goes_on_after_the_last_event(api: Api) -> None:
     assert await ids("?after=1", **{"Last-Event-ID": "3"}) == ["4"]
     assert await ids("?after=4") == []
     assert await ids("?after=99") == []
-    bad = await api.ann.get(f"/jobs/{job_id}/logs", headers=STREAM | {"Last-Event-ID": "x"})
-    assert error_of(bad, 422)["param"] == "last-event-id"
+    # What is no seq of ours is ignored.
+    for bad in ("", "x", "-1", "1.5", "+3", "9" * 19, "9" * 5000):
+        assert await ids("?after=2", **{"Last-Event-ID": bad}) == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "streamed"),
+    [
+        ("text/event-stream", True),
+        ("Text/Event-Stream; charset=utf-8", True),
+        ("application/json;q=0.5, text/event-stream;q=0.1", True),
+        ("text/event-stream;q=0", False),
+        ("text/event-stream; Q=0.000, */*", False),
+        ("text/event-streams", False),
+        ("application/x-text/event-stream", False),
+        ("text/*", False),
+        ("*/*", False),
+        ("", False),
+        (",;,", False),
+    ],
+)
+async def test_a_stream_is_what_accept_names(api: Api, accept: str, *, streamed: bool) -> None:
+    job_id = await api.create()
+    api.finish(job_id)
+    answer = await api.ann.get(f"/jobs/{job_id}/logs", headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream") == streamed
 
 
 async def test_metrics_come_one_row_a_step(api: Api) -> None:
