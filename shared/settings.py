@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     max_upload_bytes: Annotated[int, Field(ge=1)] = 10 << 30
     inline_inspect_bytes: Annotated[int, Field(ge=0)] = 4 << 20
 
+    data_cache_bytes: Annotated[int, Field(ge=0)] = 50 << 30
+
     lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5

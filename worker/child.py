@@ -176,6 +176,7 @@ def _fetch_inputs(
         dataset_file=fetched.get("dataset"),
         model_dir=model.path,
         validation_file=fetched.get("validation_dataset"),
+        prepared_bytes=settings.data_cache_bytes,
     )
 
 

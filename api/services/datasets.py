@@ -16,7 +16,7 @@ from api.context import Caller, Context
 from api.schemas import DatasetOut, ListOut
 from api.services import uploads
 from api.services.inspection import Finding, inspect
-from shared.data.packed import PARQUET_MAGIC
+from shared.data.packed import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.ids import new_dataset_id
@@ -28,7 +28,7 @@ from shared.tables import DatasetRow
 
 FORMATS: tuple[str, ...] = get_args(DataFormat)
 # A few hundred bytes of these may take seconds and gigabytes to unpack.
-PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", PARQUET_MAGIC)
+PACKED = (GZIP_MAGIC, ZSTD_MAGIC, PARQUET_MAGIC)
 # How long the answer to a small upload waits for what is found in it.
 LOOK_SECONDS = 5.0
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

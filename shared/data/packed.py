@@ -20,8 +20,8 @@ ALWAYS_ALLOWED = 64 * 2**20
 MAX_ROW_GROUP = 2**30
 BATCH_ROWS = 64
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
@@ -36,7 +36,7 @@ def unpacked(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         magic = file.read(4)
         file.seek(0)
-        is_packed = magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+        is_packed = magic.startswith((GZIP_MAGIC, ZSTD_MAGIC))
         stream = _stream(file, magic)
         try:
             while chunk := stream.read(CHUNK):
@@ -53,9 +53,9 @@ def unpacked(path: Path) -> Iterator[bytes]:
 
 
 def _stream(file: IO[bytes], magic: bytes) -> Any:
-    if magic.startswith(_GZIP_MAGIC):
+    if magic.startswith(GZIP_MAGIC):
         return gzip.GzipFile(fileobj=file)
-    if magic == _ZSTD_MAGIC:
+    if magic == ZSTD_MAGIC:
         arrow = _pyarrow("pyarrow", "A zstd file")
         return arrow.CompressedInputStream(arrow.PythonFile(file, "r"), "zstd")
     return file

@@ -63,6 +63,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         control,
         model.context_length,
         cache=workdir.cache / "data",
+        cache_bytes=workdir.prepared_bytes,
         validation_file=workdir.validation_file,
     )
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)

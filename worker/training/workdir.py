@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from worker.training.data_cache import DEFAULT_BYTES
+
 
 @dataclass(frozen=True)
 class Workdir:
     """Where one attempt works.
 
     `root` is the attempt's own folder, `cache` is shared by all jobs of the box (converted bundled
-    models, prepared data).
+    models, and prepared data up to `prepared_bytes`).
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
     a `local/NAME` model; the caller has resolved and checked them.
     """
@@ -21,3 +23,4 @@ class Workdir:
     dataset_file: Path | None = None
     model_dir: Path | None = None
     validation_file: Path | None = None
+    prepared_bytes: int = DEFAULT_BYTES
