@@ -50,13 +50,20 @@ def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
 def database(settings: Settings) -> Iterator[Database]:
     """An empty, migrated database: SQLite in a file, or PostgreSQL where a URL is given."""
     settings.root.mkdir(parents=True, exist_ok=True)
+    empty_database()
     opened = Database(settings.database())
-    if TEST_DATABASE:
-        with opened.write() as session:
-            session.connection().execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
     opened.migrate()
     yield opened
     opened.close()
+
+
+def empty_database() -> None:
+    """Forget what earlier tests left in the one PostgreSQL database; a SQLite file is each test's own."""
+    if TEST_DATABASE:
+        opened = Database(Settings(database_url=TEST_DATABASE).database())
+        with opened.write() as session:
+            session.connection().execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
+        opened.close()
 
 
 def wait_for(look: Callable[[], T], seconds: float = 10.0) -> T:

@@ -12,6 +12,7 @@ import pytest
 
 from cli.client import Client
 from tests.cli.test_serve import Served
+from tests.conftest import empty_database
 from tests.worker.training.conftest import tiny_model
 from tests.worker.training.samples import conversations, write_rows
 from worker.training.generate import generate
@@ -35,6 +36,7 @@ FILES = {
 
 @pytest.fixture
 def client(tmp_path: Path, tiny_model: Path) -> Iterator[Client]:
+    empty_database()
     root = tmp_path / "models"
     root.mkdir()
     (root / "tiny").symlink_to(tiny_model)

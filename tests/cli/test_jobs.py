@@ -18,7 +18,7 @@ from shared.planner import Device
 from shared.queue import Doorbell
 from shared.settings import Settings
 from tests.cli.test_serve import Served
-from tests.conftest import TEST_DATABASE, wait_for
+from tests.conftest import TEST_DATABASE, empty_database, wait_for
 from worker.supervisor import Supervisor
 
 MODEL = "bundled/smollm2-135m-instruct"
@@ -28,6 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """A served API and a supervisor with the fake pipeline, on one data folder."""
+    empty_database()
     folder = tmp_path_factory.mktemp("box") / "data"
     served = Served(folder, "--no-worker")
     served.ready()

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import TEST_DATABASE, wait_for
+from tests.conftest import TEST_DATABASE, empty_database, wait_for
 
 READY = re.compile(
     r'Tuneyard is ready at (http://\S+) - try: curl -H "Authorization: Bearer \$\(cat (\S+)\)" '
@@ -81,6 +81,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
+    empty_database()
     running = Served(tmp_path / "data")
     yield running
     running.process.kill()
