@@ -114,11 +114,16 @@ def render(
 
 
 def system_text(system: str, tools: tuple[dict[str, Any], ...]) -> str:
-    """The system turn's content for a row with a column of tools, just as the template writes it."""
+    """The system turn's content for a row with a column of tools, just as the template writes it.
+
+    Raises:
+        TypeError, ValueError, RecursionError: the tools hold what JSON can't write, as Parquet's can.
+    """
     if not tools:
         return system
     listed = "\n\n".join(
-        json.dumps(function_of(tool), ensure_ascii=False, indent=4, separators=(",", ": ")) for tool in tools
+        json.dumps(function_of(tool), ensure_ascii=False, allow_nan=False, indent=4, separators=(",", ": "))
+        for tool in tools
     )
     if not system:
         return TOOLS_INTRODUCTION + listed

@@ -69,13 +69,15 @@ class Conversation:
     plain: bool = False
 
     def key(self) -> int:
-        """64 bits that are equal for conversations that say the same, whatever their white space.
+        """64 bits that are equal for conversations that say the same and train the same.
 
-        Line and notes play no part; what is trained of it does.
+        Line, notes, line endings and white space around a turn play no part.
         """
-        text = "\x1f".join(f"{turn.role}\x1e{turn.trained}\x1e{turn.content}" for turn in self.turns)
-        normal = " ".join(text.split())
-        return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big")
+        return _hash([[turn.role, turn.trained, _normal(turn.content)] for turn in self.turns])
+
+    def said(self) -> int:
+        """As `key`, whatever is trained of it."""
+        return _hash([[turn.role, _normal(turn.content)] for turn in self.turns])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,14 @@ REASONS: dict[str, str] = {
     "not_rendered": "the model's chat template can't render it faithfully",
     "too_long": "more tokens than max_seq_length",
 }
+
+
+def _normal(content: str) -> str:
+    return content.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest(), "big")
 
 
 def checked(conversation: Conversation) -> Conversation | Dropped:

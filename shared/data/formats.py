@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from shared.data.conversation import Conversation, Dropped, Turn, checked
@@ -15,6 +15,8 @@ from shared.errors import DatasetError
 Format = Literal["glaive", "messages", "sharegpt", "alpaca", "text", "prompt_completion"]
 FORMATS: tuple[str, ...] = get_args(Format)
 ROWS_LOOKED_AT = 100
+# These rows are held in memory, and one may have 16 MiB.
+CHARACTERS_LOOKED_AT = 4 * 2**20
 
 
 def conversations(
@@ -26,7 +28,13 @@ def conversations(
         DatasetError: no rows, or no format that fits.
     """
     iterator = iter(rows)
-    first = list(islice(iterator, ROWS_LOOKED_AT))
+    first: list[Row] = []
+    characters = 0
+    for row in iterator:
+        first.append(row)
+        characters += len(str(row[1]))
+        if len(first) >= ROWS_LOOKED_AT or characters >= CHARACTERS_LOOKED_AT:
+            break
     if not first:
         raise DatasetError("The file holds no rows.")
     if data_format == "auto":
@@ -49,12 +57,17 @@ def detect_format(first_rows: list[dict[str, Any]]) -> str:
     best = max(FORMATS, key=lambda name: votes[name])
     if votes[best]:
         return best
-    columns = sorted({str(key)[:40] for row in first_rows for key in row})[:20]
+    columns = sorted({_printable(str(key)[:40]) for row in first_rows for key in row})[:20]
     raise DatasetError(
         f"The rows have the columns {', '.join(columns) or 'none at all'}, which fit no known format. Wanted "
         "are system and chat (glaive), messages, conversations (sharegpt), instruction and output (alpaca), "
         "prompt and completion, or text."
     )
+
+
+def _printable(name: str) -> str:
+    """A column's name as it can be stored and sent: no half of a surrogate pair, no control characters."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def parse_row(

@@ -2,13 +2,18 @@
 
 What is a real header, seen in real rows:
 - Glaive separates turns by two or three line breaks, and an assistant's turn ends with `<|endoftext|>`.
-  So after `<|endoftext|>` any header is real; two line breaks are enough where an answer must follow (after
-  USER and FUNCTION RESPONSE) and in rows without any `<|endoftext|>`; three are Glaive's full separator
-  and always enough.
+  So after `<|endoftext|>` any header is real, and three breaks, Glaive's full separator, are always enough.
+  Two are enough in rows without any `<|endoftext|>`, and where an answer must follow (after USER and
+  FUNCTION RESPONSE) in rows whose turns no three breaks separate.
+- A reading in which `<|endoftext|>` ends what a user or a function said missed a header: then the next
+  looser one is tried (two breaks, then a header at a line's start where an answer must follow).
 - Rows without any of these (one line a turn, as in the documentation) have a header at each line's start.
-- White space is matched up to a bound: an endless run of it must not cost quadratic time.
-- A header is followed by a space. `<|endoftext|>\\n\\n\\nASSISTANT:` without one is what the data set's
-  makers' replacement left of the words "AI:" in running text, and is put back.
+- Blank lines may hold spaces where a row has no plain ones. White space is matched up to a bound: an
+  endless run of it must not cost quadratic time.
+- A header is followed by a space; without one it is real after `<|endoftext|>`, three breaks, or where an
+  answer must follow. `<|endoftext|>\\n\\n\\nASSISTANT:` without one, in an assistant's turn, is what the data
+  set's makers' replacement left of the words "AI:" in running text, and is put back.
+- A response that begins as JSON goes on to that JSON's end, whatever stands in it.
 Everything else that looks like a header is words in somebody's text.
 """
 
@@ -31,10 +36,13 @@ _ROLES: dict[str, Role] = {
     "ASSISTANT": "assistant",
     "FUNCTION RESPONSE": "tool",
 }
-_HEADER = re.compile(
-    r"(?P<before>(?:\A|<\|endoftext\|>)\s{0,40}|\n\n{1,40})"
-    r"(?P<name>SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):(?P<after>[ \t]|\Z|(?=\s{0,40}<functioncall>))"
+_NAMED = (
+    r"(?P<name>SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):"
+    r"(?P<space>[ \t]|\Z|(?=\s{0,40}<functioncall>))?"
 )
+_HEADER = re.compile(r"(?P<before>(?:\A|<\|endoftext\|>)\s{0,40}|\n{2,41})" + _NAMED)
+_SPACED_HEADER = re.compile(r"(?P<before>(?:\A|<\|endoftext\|>)\s{0,40}|(?:[ \t]{0,9}\n){2,41})" + _NAMED)
+_END_OR_LINE_HEADER = re.compile(r"(?P<before>(?:\A|<\|endoftext\|>|\n)\s{0,40})" + _NAMED)
 _LINE_HEADER = re.compile(
     r"(?P<before>(?:\A|\n)\s{0,40})(?P<name>SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):(?P<after>[ \t]?)"
 )
@@ -47,6 +55,11 @@ _LIST_START = re.compile(r"^\{", re.MULTILINE)
 MAX_LIST_STARTS = 20
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _DECODER = json.JSONDecoder()
+# Responses often hold line breaks that JSON would have escaped.
+_RESPONSE_DECODER = json.JSONDecoder(strict=False)
+MAX_BROKEN_RESPONSES = 20
+MAX_JOINED = 8
+_LEFTOVER = re.compile(r"^(?:USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
 
 
 def parse_glaive(row: dict[str, Any], line: int, drop_unparsable: bool = False) -> Conversation | Dropped:
@@ -54,16 +67,17 @@ def parse_glaive(row: dict[str, Any], line: int, drop_unparsable: bool = False) 
     system, chat = row.get("system"), row.get("chat")
     if not isinstance(chat, str) or not isinstance(system, str | None):
         return Dropped("wrong_format" if chat is None else "not_text", line)
-    pieces = split_turns(_JUNK.sub("", chat.replace("\r\n", "\n")))
+    pieces = split_turns(_JUNK.sub("", _line_ends(chat)))
     if pieces is None:
         return Dropped("leading_text", line)
     if not pieces:
         return Dropped("empty" if not chat.strip() else "no_turns", line)
     notes: list[str] = []
     turns = [_turn(role, text, notes) for role, text in pieces]
+    notes.extend("header_in_text" for turn in turns for _ in _LEFTOVER.finditer(turn.content))
     if drop_unparsable and "call_unparsable" in notes:
         return Dropped("unparsable_call", line)
-    text = _SYSTEM_PREFIX.sub("", (system or "").replace("\r\n", "\n")).strip()
+    text = _SYSTEM_PREFIX.sub("", _line_ends(system or "")).strip()
     if text:
         turns.insert(0, Turn("system", text))
     tools = parse_functions(turns[0].content) if turns[0].role == "system" else ()
@@ -83,22 +97,84 @@ def split_turns(chat: str) -> list[tuple[Role, str]] | None:
     ]
 
 
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _headers(chat: str) -> list[re.Match[str]]:
     """The real headers; see the top of this file."""
     candidates = list(_HEADER.finditer(chat))
+    if END not in chat:
+        if all(match.start() == 0 or match["space"] is None for match in candidates):
+            return list(_LINE_HEADER.finditer(chat))
+        return _real(chat, candidates, 2)
+    plain = [match for match in candidates if match["before"].startswith("\n")]
+    if not plain:
+        candidates = plain = list(_SPACED_HEADER.finditer(chat))
+    full = any(_breaks(match) >= 3 and END not in match["before"] for match in plain)
+    first = _real(chat, candidates, 3 if full else 2)
+    if _consistent(chat, first):
+        return first
+    for looser in (candidates, list(_END_OR_LINE_HEADER.finditer(chat))):
+        found = _real(chat, looser, 1)
+        if _consistent(chat, found):
+            return found
+    return first
+
+
+def _real(chat: str, candidates: list[re.Match[str]], least: int) -> list[re.Match[str]]:
+    """The candidates that are headers where an answer's header needs at least so many line breaks."""
     marked = END in chat
-    if not marked and all(match.start() == 0 for match in candidates):
-        return list(_LINE_HEADER.finditer(chat))
     real: list[re.Match[str]] = []
+    json_ends = broken = 0
     for match in candidates:
+        if match.start() < json_ends:
+            continue
         before, name = match["before"], match["name"]
         previous = real[-1]["name"] if real else None
-        answers = name == "ASSISTANT" and previous in ("USER", "FUNCTION RESPONSE")
         first = match.start() == 0
-        certain = END in before or answers or before.count("\n") >= 3 or previous == "SYSTEM"
-        if first or ((certain or not marked) and name != "SYSTEM"):
-            real.append(match)
+        due = name == "ASSISTANT" and previous in ("USER", "FUNCTION RESPONSE")
+        answers = due and (_breaks(match) >= least or END in before)
+        certain = END in before or _breaks(match) >= 3
+        enough = certain or answers or previous == "SYSTEM" or not marked
+        written = match["space"] is not None or answers or (certain and name != "ASSISTANT")
+        if not (first or (enough and written and name != "SYSTEM")):
+            continue
+        real.append(match)
+        if name == "FUNCTION RESPONSE" and broken < MAX_BROKEN_RESPONSES:
+            json_ends = _json_end(chat, match.end())
+            broken += not json_ends
     return real
+
+
+def _breaks(match: re.Match[str]) -> int:
+    return match["before"].count("\n")
+
+
+def _json_end(chat: str, start: int) -> int:
+    """Where the JSON object or list ends that a response begins with; 0 if it begins with none."""
+    start += len(chat[start : start + 40]) - len(chat[start : start + 40].lstrip())
+    if not chat.startswith(("{", "["), start):
+        return 0
+    try:
+        end = _RESPONSE_DECODER.raw_decode(chat, start)[1]
+    except (ValueError, RecursionError):
+        return 0
+    return 0 if chat.find(END, start, end) >= 0 else end
+
+
+def _consistent(chat: str, headers: list[re.Match[str]]) -> bool:
+    """Whether no `<|endoftext|>` ends what a user or a function said, unless the answer comes next."""
+    for number, header in enumerate(headers):
+        following = headers[number + 1] if number + 1 < len(headers) else None
+        if header["name"] not in ("USER", "FUNCTION RESPONSE"):
+            continue
+        end = following.start() if following else len(chat)
+        if chat.find(END, header.end(), end) >= 0:
+            return False
+        if following and END in following["before"] and following["name"] != "ASSISTANT":
+            return False
+    return bool(headers)
 
 
 def parse_functions(system: str) -> tuple[dict[str, Any], ...]:
@@ -154,18 +230,36 @@ def calls_turn(text: str, notes: list[str], trained: bool | None = None) -> Turn
     """
     lead, *segments = text.split(MARKER)
     content, prose, calls = lead, lead, list[Call]()
-    for segment in segments:
-        body = segment.lstrip()
-        found = read_call(body) if body.startswith("{") else None
+    at = 0
+    while at < len(segments):
+        found, used = _read_segments(segments, at)
         if found is None:
             notes.append("call_unparsable")
-            content += MARKER + segment
-            prose += MARKER + segment
-            continue
-        call, rest, repaired = found
-        if repaired:
-            notes.append("call_repaired")
-        calls.append(call)
-        content += f"{MARKER} {call.to_json()}{rest}"
-        prose += rest
+            content += MARKER + segments[at]
+            prose += MARKER + segments[at]
+        else:
+            call, rest, repaired = found
+            if repaired:
+                notes.append("call_repaired")
+            calls.append(call)
+            content += f"{MARKER} {call.to_json()}{rest}"
+            prose += rest
+        at += used
     return Turn("assistant", content.strip(), trained, tuple(calls), prose.strip() if calls else "")
+
+
+def _read_segments(segments: list[str], at: int) -> tuple[tuple[Call, str, bool] | None, int]:
+    """The call that begins here, and how many segments it takes: a text inside it may hold the marker."""
+    body = segments[at].lstrip()
+    if not body.startswith("{"):
+        return None, 1
+    found = read_call(body)
+    if found is not None:
+        return found, 1
+    for more in range(1, min(MAX_JOINED, len(segments) - at)):
+        body = f"{body}{MARKER}{segments[at + more]}"
+        found = read_call(body)
+        # Only what is certain: a mend that reaches over a marker could swallow the next call.
+        if found is not None and not found[2]:
+            return found, more + 1
+    return None, 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from shared.data.calls import read_arguments
+from shared.data.calls import read_arguments, read_call
 from shared.data.chatml import system_text
 from shared.data.conversation import Call, Conversation, Dropped, Role, Turn, checked
-from shared.data.glaive import MARKER
+from shared.data.glaive import MARKER, calls_turn
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -28,6 +29,7 @@ ROLES: dict[str, Role] = {
 }
 # ShareGPT has a turn of its own for a call.
 CALL_ROLES = ("function_call", "tool_call")
+_WRITTEN_CALL = re.compile(rf"{MARKER}\s*\{{")
 
 
 class RowError(Exception):
@@ -40,14 +42,12 @@ class RowError(Exception):
 
 def parse_messages(row: dict[str, Any], line: int, drop_unparsable: bool = False) -> Conversation | Dropped:
     """`{"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?, "system"?}`."""
-    found = next((row[key] for key in ("messages", "conversations", "conversation") if key in row), None)
-    return from_turns(found, row, line, drop_unparsable)
+    return from_turns(_first(row, "messages", "conversations", "conversation"), row, line, drop_unparsable)
 
 
 def parse_sharegpt(row: dict[str, Any], line: int, drop_unparsable: bool = False) -> Conversation | Dropped:
     """`{"conversations": [{"from", "value"}], "tools"?: JSON, "system"?}`."""
-    found = next((row[key] for key in ("conversations", "conversation", "messages") if key in row), None)
-    return from_turns(found, row, line, drop_unparsable)
+    return from_turns(_first(row, "conversations", "conversation", "messages"), row, line, drop_unparsable)
 
 
 def from_turns(
@@ -68,14 +68,26 @@ def from_turns(
         return Dropped(error.reason, line)
     if drop_unparsable and "call_unparsable" in notes:
         return Dropped("unparsable_call", line)
+    # What stands before a prompt belongs to it.
+    trained = False if untrained else None
     if turns[0].role == "system":
-        system = turns.pop(0).content if not system else f"{system}\n\n{turns.pop(0).content}"
-    system = system_text(system, tools)
+        first = turns.pop(0)
+        trained = first.trained
+        system = f"{system}\n\n{first.content}" if system else first.content
+    try:
+        system = system_text(system, tools)
+    except (TypeError, ValueError, RecursionError):
+        return Dropped("invalid_tools", line)
     if system:
-        turns.insert(0, Turn("system", system))
+        turns.insert(0, Turn("system", system, trained))
     if not turns:
         return Dropped("empty", line)
     return checked(Conversation(tuple(turns), tools, line, tuple(notes)))
+
+
+def _first(row: dict[str, Any], *keys: str) -> Any:
+    """The first of these that is there and not null; None without one."""
+    return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
 def listed(value: Any) -> Any:
@@ -91,12 +103,14 @@ def listed(value: Any) -> Any:
 def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
     if not isinstance(message, dict):
         raise RowError("not_text")
-    name = message.get("role", message.get("from"))
+    name = _first(message, "role", "from")
     if not isinstance(name, str):
         raise RowError("unknown_role")
     trained = False if is_prompt else _trained(message)
-    value = message.get("content", message.get("value"))
+    value = _first(message, "content", "value")
     if name in CALL_ROLES:
+        if isinstance(value, str) and _WRITTEN_CALL.match(value.lstrip()):
+            return calls_turn(value, notes, trained)
         return _with_calls("", _calls_of_text(value, notes), trained)
     role = ROLES.get(name)
     if role is None:
@@ -112,6 +126,8 @@ def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
     for part in value if isinstance(value, list) else ():
         if isinstance(part, dict) and part.get("type") == "tool_call":
             calls += _calls_of_text(part.get("value"), notes)
+    if not calls and _WRITTEN_CALL.search(text):
+        return calls_turn(text, notes, trained)
     return _with_calls(text, calls, trained)
 
 
@@ -145,7 +161,7 @@ def _text(content: Any, notes: list[str]) -> str:
         kind = part.get("type", "text")
         if kind == "tool_call":
             continue
-        text = part.get("text", part.get("value", part.get("refusal")))
+        text = _first(part, "text", "value", "refusal")
         if kind not in ("text", "input_text", "output_text", "refusal", "reasoning") or not isinstance(
             text, str
         ):
@@ -183,27 +199,36 @@ def _one_call(call: Any, notes: list[str]) -> Call | str:
     arguments = function.get("arguments")
     if isinstance(arguments, dict | list):
         return Call(name, arguments)
-    try:
-        return Call(name, read_arguments(arguments) if isinstance(arguments, str) else _missing())
-    except ValueError:
-        notes.append("call_unparsable")
-        return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-
-
-def _missing() -> Any:
-    raise ValueError("no arguments")
+    if isinstance(arguments, str):
+        try:
+            # OpenAI gives "" for a function without parameters.
+            return Call(name, read_arguments(arguments.strip() or "{}"))
+        except ValueError:
+            pass
+    notes.append("call_unparsable")
+    given = {"name": name, "arguments": arguments} if "arguments" in function else function
+    return _dumped(given)
 
 
 def _calls_of_text(value: Any, notes: list[str]) -> list[Call | str]:
-    """The call or calls that a text holds as JSON."""
+    """The call or calls that a text holds as JSON; the text itself where one of them can't be read."""
     if not isinstance(value, str):
         raise RowError("not_text")
+    text = value.strip()
     try:
-        found = read_arguments(value)
-    except ValueError:
-        notes.append("call_unparsable")
-        return [value.strip()]
-    return [_one_call(call, notes) for call in (found if isinstance(found, list) else [found])]
+        found = read_arguments(text)
+        own: list[str] = []
+        calls = [_one_call(call, own) for call in (found if isinstance(found, list) else [found])]
+        if not own:
+            return [*calls]
+    except (ValueError, RowError):
+        # Not JSON, but perhaps quoted as Glaive quotes it.
+        mended = read_call(text) if text.startswith("{") else None
+        if mended is not None and not mended[1].strip():
+            notes.extend(["call_repaired"] * mended[2])
+            return [mended[0]]
+    notes.append("call_unparsable")
+    return [text]
 
 
 def _with_calls(text: str, calls: list[Call | str], trained: bool | None) -> Turn:
@@ -217,9 +242,13 @@ def _with_calls(text: str, calls: list[Call | str], trained: bool | None) -> Tur
 
 
 def _json(call: Call) -> str:
+    return _dumped({"name": call.name, "arguments": call.arguments})
+
+
+def _dumped(value: Any) -> str:
     try:
-        return call.to_json()
-    except (ValueError, RecursionError):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
         raise RowError("not_text") from None
 
 

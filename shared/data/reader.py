@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from shared.data.packed import PARQUET_MAGIC, parquet_rows, unpacked
+from shared.data.packed import PARQUET_MAGIC, parquet_rows, unpacked, without_filled
 from shared.errors import DatasetError
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -48,8 +48,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(PARQUET_MAGIC):
-        for number, row in parquet_rows(path):
-            yield number, _checked(row, f"row {number}", number, "")
+        for number, row in parquet_rows(path, MAX_ROW_BYTES):
+            row = _checked(row, f"row {number}", number, "")
+            yield number, {name: without_filled(cell) for name, cell in row.items()}
         return
     chunks = unpacked(path)
     start, skipped = _first_text(chunks)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from shared.data.packed import without_filled
 from shared.data.reader import Row
 from shared.errors import JobFailure
 from shared.lifecycle import FailureCode
@@ -98,7 +99,7 @@ def _numbered(loaded: Any) -> Iterator[Row]:
         names = list(batch)
         for cells in zip(*batch.values(), strict=True):
             number += 1
-            yield number, dict(zip(names, cells, strict=True))
+            yield number, {name: without_filled(cell) for name, cell in zip(names, cells, strict=True)}
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,25 @@ def test_the_format_is_the_majoritys_and_unknown_columns_are_named() -> None:
         detect_format([{"question": "q", "answer": "a"}])
     with pytest.raises(DatasetError, match="no rows"):
         conversations([])
+
+
+def test_unknown_columns_are_named_as_what_can_be_stored() -> None:
+    with pytest.raises(DatasetError, match=r"columns \\udc00a, a\\x00b, größe, which") as raised:
+        detect_format([{"\udc00a": 1, "größe": 2, "a\0b": 3}])
+    str(raised.value).encode()
+
+
+def test_few_long_rows_are_held_to_find_the_format_out() -> None:
+    taken: list[int] = []
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number in range(1, 50):
+            taken.append(number)
+            yield number, {"text": "x" * 2**20}
+
+    name, parsed = conversations(rows())
+    assert (name, len(taken)) == ("text", 4)
+    assert [row.line for row in parsed] == list(range(1, 50))
 
 
 def test_openai_messages_with_tools_and_calls() -> None:
@@ -103,6 +125,18 @@ def test_weights() -> None:
     assert [turn.trained for turn in found.turns] == [False, None, False]
 
 
+def test_a_system_turn_keeps_whether_it_is_trained() -> None:
+    system = {"role": "system", "content": "S", "weight": 0}
+    found = parse_row({"messages": [system, *CHAT], "tools": [{"name": "f"}]}, "messages", 1)
+    assert isinstance(found, Conversation)
+    assert [turn.trained for turn in found.turns] == [False, None, None]
+    for prompt in ("q", [{"role": "system", "content": "S"}, CHAT[0]]):
+        row = {"prompt": prompt, "completion": "a", "tools": [{"name": "f"}]}
+        found = parse_row(row, "prompt_completion", 1)
+        assert isinstance(found, Conversation)
+        assert [turn.trained for turn in found.turns] == [False, False, None]
+
+
 def test_an_empty_answer_is_noted() -> None:
     found = parse_row({"messages": [*CHAT, {"role": "assistant", "content": None}]}, "messages", 1)
     assert isinstance(found, Conversation)
@@ -146,6 +180,86 @@ def test_sharegpt() -> None:
         ("tool", "1"),
         ("assistant", "a"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "content", "arguments", "notes"),
+    [
+        (
+            """{"name": "f", "arguments": '{"a": "it's"}'}""",
+            """<functioncall> {"name": "f", "arguments": {"a": "it's"}}""",
+            {"a": "it's"},
+            (),
+        ),
+        (
+            """<functioncall> {"name": "f", "arguments": '{"a": 1}'}""",
+            '<functioncall> {"name": "f", "arguments": {"a": 1}}',
+            {"a": 1},
+            (),
+        ),
+        ('{"name":"f","parameters":{"a":1}}', None, None, ("call_unparsable",)),
+        ('[{"name":"f", "arguments":{}}, {"nme":"f"}]', None, None, ("call_unparsable",)),
+    ],
+)
+def test_sharegpts_calls(value: str, content: str | None, arguments: Any, notes: tuple[str, ...]) -> None:
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]}
+    found = parse_row(row, "sharegpt", 1)
+    assert isinstance(found, Conversation)
+    turn = found.turns[1]
+    assert turn.content == (content or f"<functioncall> {value}")
+    assert turn.calls == (() if arguments is None else (Call("f", arguments),))
+    assert found.notes == notes
+
+
+def test_openais_calls_without_readable_arguments() -> None:
+    def called(function: dict[str, Any]) -> Conversation | Dropped:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+        return parse_row({"messages": [CHAT[0], call]}, "messages", 1)
+
+    found = called({"name": "f", "arguments": ""})
+    assert isinstance(found, Conversation)
+    assert found.turns[1].calls == (Call("f", {}),)
+    found = called({"name": "f", "parameters": {"a": 1}})
+    assert isinstance(found, Conversation)
+    assert found.turns[1].content == '<functioncall> {"name": "f", "parameters": {"a": 1}}'
+    assert found.notes == ("call_unparsable",)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "text"), [("messages", "role", "content"), ("sharegpt", "from", "value")]
+)
+def test_calls_written_in_an_assistants_text(name: str, key: str, text: str) -> None:
+    written = """So: <functioncall> {"name": "f", "arguments": '{"a": 1}'}"""
+    row = {"conversations": [{key: "user", text: "q"}, {key: "assistant", text: written, "weight": 0}]}
+    found = parse_row(row, name, 1)
+    assert isinstance(found, Conversation)
+    assert found.turns[1].calls == (Call("f", {"a": 1}),)
+    assert found.turns[1].content == 'So: <functioncall> {"name": "f", "arguments": {"a": 1}}'
+    assert found.turns[1].trained is False
+
+
+@pytest.mark.parametrize(
+    "value",
+    [datetime.datetime(2024, 1, 1), decimal.Decimal("1.5"), b"x", float("nan")],
+)
+def test_values_that_json_lacks_drop_the_row(value: Any) -> None:
+    tools = [{"name": "f", "at": value}]
+    assert parse_row({"messages": CHAT, "tools": tools}, "messages", 2) == Dropped("invalid_tools", 2)
+    for arguments in ({"a": value}, value):
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        assert parse_row({"messages": [message]}, "messages", 2) == Dropped("not_text", 2)
+
+
+def test_nulls_give_way_to_the_other_columns_and_keys() -> None:
+    said = [
+        {"role": None, "from": "human", "content": None, "value": "q"},
+        {"from": "gpt", "content": [{"type": "text", "text": None, "value": "a"}]},
+    ]
+    for name in ("messages", "sharegpt"):
+        for columns in (("messages", "conversations"), ("conversations", "messages")):
+            row = dict(zip(columns, (None, said), strict=True))
+            assert turns(row, name) == [("user", "q"), ("assistant", "a")]
 
 
 def test_alpaca_prompt_completion_and_text() -> None:

@@ -125,6 +125,55 @@ def test_turns_begin_at_real_headers(chat: str, expected: list[tuple[str, str]])
     assert turns(chat) == expected
 
 
+TWO_EXCHANGES = [("user", "hi"), ("assistant", "yo"), ("user", "more"), ("assistant", "1. a\n2. b")]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        f"USER: hi\n\n\nASSISTANT: yo{END}USER:more\n\n\nASSISTANT: 1. a\n2. b{END}",
+        f"USER:hi\n\n\nASSISTANT:yo{END}USER:\nmore\n\n\nASSISTANT:\n1. a\n2. b{END}",
+        "USER: hi\n\n\nASSISTANT: yo\n\n\nUSER:more\n\n\nASSISTANT:\n1. a\n2. b",
+        "USER: hi\n \n \nASSISTANT: yo <|endoftext|>\n \n \nUSER: more\n\t\n\nASSISTANT: 1. a\n2. b",
+        "USER: hi\nASSISTANT: yo <|endoftext|>\nUSER: more\nASSISTANT: 1. a\n2. b <|endoftext|>",
+        "USER: hi\r\r\rASSISTANT: yo <|endoftext|>\r\r\rUSER: more\r\r\rASSISTANT: 1. a\r2. b <|endoftext|>",
+        # Two breaks here, three there: `<|endoftext|>` in the user's words says that a header was missed.
+        f"USER: hi\n\nASSISTANT: yo{END}USER: more\n\n\nASSISTANT: 1. a\n2. b{END}",
+    ],
+)  # fmt: skip
+def test_headers_that_vary_a_little_are_headers(chat: str) -> None:
+    found = parsed(chat)
+    assert [(turn.role, turn.content) for turn in found.turns] == TWO_EXCHANGES
+    assert found.notes == ()
+
+
+def test_a_header_that_stays_in_a_text_is_noted() -> None:
+    found = parsed(f"USER: Write a play:\n\nASSISTANT: hello\n\nUSER: ho\n\n\nASSISTANT: Done.{END}")
+    assert found.turns[0].content == "Write a play:\n\nASSISTANT: hello\n\nUSER: ho"
+    assert found.turns[1].content == "Done."
+    assert found.notes == ("header_in_text", "header_in_text")
+
+
+@pytest.mark.parametrize("breaks", ["\n\n", "\n\n\n"])
+def test_a_response_in_json_goes_on_to_its_end(breaks: str) -> None:
+    response = '{"t": "a\n\n\nUSER: b\n\nASSISTANT: c"}'
+    chat = (
+        f"USER: q{breaks}ASSISTANT: w <|endoftext|>{breaks}FUNCTION RESPONSE: {response}{breaks}ASSISTANT: d"
+    )
+    assert turns(f"{chat} <|endoftext|>") == [
+        ("user", "q"), ("assistant", "w"), ("tool", response), ("assistant", "d"),
+    ]  # fmt: skip
+
+
+def test_a_marker_inside_a_calls_own_text() -> None:
+    calls = [Call("f", {"a": "say <functioncall> {x} <functioncall>"}), Call("g", {})]
+    content = "\n".join(f"<functioncall> {call.to_json()}" for call in calls)
+    found = parsed(f"USER: q\n\n\nASSISTANT: {content}{END}")
+    assert found.turns[1].calls == tuple(calls)
+    assert found.turns[1].content == content
+    assert found.notes == ()
+
+
 def test_several_calls_and_prose_around_them_survive() -> None:
     chat = (
         'USER: q\n\n\nASSISTANT: First.\n<functioncall> {"name": "f", "arguments": \'{"a": "it\'s"}\'}\n'
@@ -175,7 +224,9 @@ def test_functions_of_the_system_text() -> None:
 
 
 def test_hostile_rows_take_linear_time() -> None:
-    for filler in ("\n", " ", "\n \n", "<|endoftext|>", "USER:", "\\", "{", '"', "<functioncall> {"):
+    fillers = ["\n", " ", "\n \n", "<|endoftext|>", "USER:", "\\", "{", '"', "<functioncall> {"]
+    fillers += ["\n\n\nFUNCTION RESPONSE: [", '\n\n\nFUNCTION RESPONSE: {"a": "', '<functioncall> {"a": "']
+    for filler in fillers:
         chat = f"USER: q\n\n\nASSISTANT: {filler * 200_000}"
         assert isinstance(parse_glaive({"chat": chat}, 1), Conversation | Dropped)
 
@@ -241,6 +292,26 @@ def written(conversation: list[Turn], system: str, separator: str, quoted: bool)
         chat += f"{names[turn.role]}: {text}"
         chat += f" <|endoftext|>{separator}" if turn.role == "assistant" else separator
     return {"system": f"SYSTEM: {system}\n", "chat": chat}
+
+
+_dialogue = st.sampled_from(["\n\nASSISTANT: ", "\n\nUSER: "])
+
+
+@given(_turns, st.lists(_dialogue, min_size=1, max_size=3))
+def test_dialogues_in_what_users_and_functions_say_where_three_breaks_separate(
+    conversation: list[Turn], inner: list[str]
+) -> None:
+    said = [
+        Turn(turn.role, f"{turn.content}{''.join(f'{header}x' for header in inner)}")
+        if turn.role in ("user", "tool")
+        else turn
+        for turn in conversation
+    ]
+    found = parse_glaive(written(said, "s", "\n\n\n", quoted=False), 1)
+    assert isinstance(found, Conversation)
+    assert [(turn.role, turn.content) for turn in found.turns[1:]] == [
+        (turn.role, turn.content) for turn in said
+    ]
 
 
 @given(_turns, _prose, st.sampled_from(["\n\n", "\n\n\n"]), st.booleans())

@@ -58,6 +58,11 @@ def test_zstd(tmp_path: Path) -> None:
         rows_of(tmp_path / "file", cut)
 
 
+def test_zstd_that_begins_with_a_frame_to_skip(tmp_path: Path) -> None:
+    frame = b"\x5a\x2a\x4d\x18\x04\0\0\0abcd"
+    assert rows_of(tmp_path / "file", frame + zstd(jsonl(ROWS))) == list(enumerate(ROWS, 1))
+
+
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_csv_with_quotes_and_line_breaks_in_cells(tmp_path: Path, delimiter: str) -> None:
     lines = ["instruction,input,output", '"say ""hi"", now","two\nlines",°C', "", "a,,b"]
@@ -121,6 +126,19 @@ def test_rows_before_the_broken_one_are_read(tmp_path: Path) -> None:
         next(rows)
 
 
+def test_nulls_that_parquet_fills_into_structs_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {
+            "text": None,
+            "messages": [{"role": "assistant", "tool_calls": [{"name": name, "arguments": {key: 1}}]}],
+            "tools": [{"name": name, "parameters": {"properties": {key: {"type": "string"}}}}],
+        }
+        for name, key in (("f", "city"), ("g", "amount"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "file")
+    assert list(read_rows(tmp_path / "file")) == list(enumerate(rows, 1))
+
+
 def test_a_parquet_file_that_is_cut_off(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS * 1000), tmp_path / "whole")
     with pytest.raises(DatasetError, match="damaged or cut off"):
@@ -132,6 +150,26 @@ def test_a_parquet_row_group_that_is_too_large(tmp_path: Path, monkeypatch: pyte
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "file")
     with pytest.raises(DatasetError, match=r"Row group 1 .* smaller row groups"):
         list(read_rows(tmp_path / "file"))
+
+
+def test_long_parquet_rows_in_a_dictionary_are_unpacked_a_few_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    pq.write_table(pa.table({"text": pa.array(["x" * 2**22 + str(n % 2) for n in range(40)])}), path)
+    assert path.stat().st_size < 2**20
+    before = pa.default_memory_pool()
+    largest = 0
+    for _ in read_rows(path):
+        largest = max(largest, before.bytes_allocated())
+    assert largest < 150 * 2**20
+
+
+def test_a_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_ROW_BYTES", 2**20)
+    table = pa.table({"text": ["a" * 2**19] * 3 + ["b" * 2**21]})
+    pq.write_table(table, tmp_path / "file")
+    with pytest.raises(DatasetError, match="Row 4 of the Parquet file is longer than 1 MiB") as raised:
+        list(read_rows(tmp_path / "file"))
+    assert raised.value.line == 4
 
 
 @pytest.mark.parametrize("opening", [b"", b"["])

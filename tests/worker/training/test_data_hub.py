@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from tests.worker.training.data_hub import OLD_SHA, ROWS, SHA, ask, hub
+from worker.training.hub_data import _numbered
 
 # Nobody listens on the discard port.
 NOBODY = "http://127.0.0.1:9"
@@ -87,6 +89,14 @@ def test_what_is_not_there_is_said_clearly(answers: dict[str, Any], name: str, m
 
 def test_a_folder_of_that_name_is_not_taken_for_it(answers: dict[str, Any]) -> None:
     assert answers["folder"] == answers["newest"]
+
+
+def test_nulls_that_arrow_fills_into_structs_are_left_out() -> None:
+    rows = [
+        {"text": None, "tools": [{"name": name, "parameters": {key: {"type": "string"}}}]}
+        for name, key in (("f", "city"), ("g", "amount"))
+    ]
+    assert list(_numbered(datasets.Dataset.from_list(rows))) == list(enumerate(rows, 1))
 
 
 def test_no_network(tmp_path: Path) -> None:
