@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -44,6 +44,15 @@ def inspect(
         str | None, typer.Option(help="Count tokens as this model does: bundled/…, local/NAME or a hub id.")
     ] = None,
     train_on: Annotated[TrainOn, typer.Option(help="What is trained of a conversation.")] = "assistant",
+    chat_template: Annotated[
+        Literal["chatml", "model"], typer.Option(help="With --model: how conversations are written out.")
+    ] = "chatml",
+    tool_call_style: Annotated[
+        Literal["functioncall", "template"], typer.Option(help="With --model: how calls are written.")
+    ] = "functioncall",
+    max_seq_length: Annotated[
+        int, typer.Option(help="With --model: the most tokens of one row.", show_default=True)
+    ] = JobSpec().max_seq_length,
     row: Annotated[
         int | None,
         typer.Option(min=1, help="Show the row of this line (JSON array, Parquet: of this number)."),
@@ -64,7 +73,15 @@ def inspect(
         if isinstance(shown, Dropped):
             return _show_conversation(shown.line, shown.reason, [], "")
         return _show_conversation(shown.line, None, _chatml(shown, train_on), "as ChatML")
-    found = _with_model(file, data_format, model, train_on, row)
+    job = {
+        "model": model,
+        "dataset": {"source": "file", "file_id": NOTHING, "format": data_format},
+        "train_on": train_on,
+        "chat_template": chat_template,
+        "tool_call_style": tool_call_style,
+        "max_seq_length": max_seq_length,
+    }
+    found = _with_model(file, model, job, row)
     _show_rows(file, found["report"])
     _show_characters(report)
     _show_tokens(found)
@@ -79,13 +96,12 @@ def _chatml(conversation: Conversation, train_on: TrainOn) -> list[Span]:
     return render(conversation, train_on)
 
 
-def _with_model(file: Path, data_format: str, model: str, train_on: str, row: int | None) -> Json:
+def _with_model(file: Path, model: str, job: Json, row: int | None) -> Json:
     """What `worker.training.inspect` finds, in a process of its own: it loads the training stack."""
     settings = Settings()
     model_dir = find_model(settings, model).path
-    dataset = {"source": "file", "file_id": NOTHING, "format": data_format}
     try:
-        spec = JobSpec.model_validate({"model": model, "dataset": dataset, "train_on": train_on})
+        spec = JobSpec.model_validate(job)
     except ValidationError as error:
         why = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise TuneyardError(f"--model {model}: {why}.") from None

@@ -65,7 +65,7 @@ def test_the_report_of_a_file(tmp_path: Path) -> None:
         f"{file}: messages, 4 rows read, 2 used, 2 dropped",
         "  dropped 1 duplicate: the same conversation as an earlier row (line 2)",
         "  dropped 1 wrong_format: the row lacks the columns of the file's format (line 4)",
-        "turns: 4, 0 tools in 0 rows, 0 calls",
+        "turns: 4, 0 tools in 0 rows, 1 calls",
     ]
     assert lines[4].startswith("characters per row: min 62, p50 62, ")
 
@@ -193,6 +193,21 @@ def test_what_the_model_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "<|im_start|>assistant",
         "‹42<|im_end|>›",
     ]
+
+
+def test_the_template_and_the_length_that_a_job_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = answering(monkeypatch, json.dumps(TOKENS))
+    file = write(tmp_path / "rows", chat("a", ("b", 1)))
+    own = ("--chat-template", "model", "--tool-call-style", "template", "--max-seq-length", "512")
+    inspect(file, "--model", "team/model", *own)
+    ((arguments, _),) = started
+    spec = json.loads(arguments[arguments.index("--spec") + 1])
+    assert (spec["chat_template"], spec["tool_call_style"]) == ("model", "template")
+    assert spec["max_seq_length"] == 512
+    with pytest.raises(TuneyardError, match="set chat_template to model too"):
+        inspect(file, "--model", "team/model", "--tool-call-style", "template")
 
 
 @pytest.mark.parametrize(

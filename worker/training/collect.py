@@ -17,7 +17,9 @@ from shared.events import Control, Entry, EventSink
 from shared.spec import DataFormat
 from worker.training.tokenize import Encoder, Tokens
 
+# A batch ends at whichever comes first: rows may be of any width.
 BATCH = 512
+BATCH_CHARACTERS = 2**20
 SECONDS_BETWEEN_LOGS = 5.0
 
 # Keeps a usable row somewhere (None), or drops it for a reason of the job's.
@@ -92,7 +94,7 @@ def _tokenised(
         waiting = pool.submit(encoder.encode, [])
         while True:
             control.check()
-            coming = [unique(row, seen) for row in islice(rows, BATCH)]
+            coming = _batch(rows, seen)
             tokens = iter(waiting.result())
             waiting = pool.submit(encoder.encode, [row for row in coming if isinstance(row, Conversation)])
             for row in batch:
@@ -100,3 +102,16 @@ def _tokenised(
             batch = coming
             if not batch:
                 return
+
+
+def _batch(rows: Iterator[Conversation | Dropped], seen: set[int]) -> list[Conversation | Dropped]:
+    batch: list[Conversation | Dropped] = []
+    characters = 0
+    for row in islice(rows, BATCH):
+        found = unique(row, seen)
+        batch.append(found)
+        if isinstance(found, Conversation):
+            characters += sum(len(turn.content) for turn in found.turns)
+        if characters >= BATCH_CHARACTERS:
+            break
+    return batch

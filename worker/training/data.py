@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from shared.data.conversation import Conversation, Dropped
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally
@@ -24,7 +26,7 @@ from worker.training.data_cache import DEFAULT_BYTES, cached, key_of
 from worker.training.data_report import packing_report, steps, token_report
 from worker.training.documents import Documents
 from worker.training.hub_data import hub_rows, resolved_revision
-from worker.training.packing import arranged, best_fit
+from worker.training.packing import arranged, best_fit, in_batches
 from worker.training.templates import ModelTemplate, Template, chatml
 from worker.training.tokenize import Encoder, Tokens
 
@@ -92,7 +94,7 @@ def prepare_data(
         sink.log(
             Entry(f"The model takes {limit} tokens at most: max_seq_length is lowered to that.", "warning")
         )
-    template = _template(spec, tokenizer)
+    template = template_for(spec, tokenizer)
     _warn_of_delimiters(template, spec, sink)
     encoder = Encoder(tokenizer, template, limit if spec.overlong_rows == "cut" else None)
     source = _source(spec.dataset, dataset_file)
@@ -196,7 +198,12 @@ def _key(
     )
 
 
-def _template(spec: JobSpec, tokenizer: Any) -> Template:
+def template_for(spec: JobSpec, tokenizer: Any) -> Template:
+    """The way of writing conversations out that the spec asks for.
+
+    Raises:
+        JobFailure: `model_unavailable`: the model's own template can't be used.
+    """
     if spec.chat_template == "chatml":
         return chatml(tokenizer, spec.train_on)
     try:
@@ -240,7 +247,12 @@ def _prepare(
         tally, other_tally = Tally(), Tally()
         seen: set[int] = set()
 
+        cuts = spec.overlong_rows == "cut"
+        kept: tuple[set[int], set[int]] = (set(), set())
+
         def hold_out(conversation: Conversation, document: Tokens) -> Dropped | None:
+            if cuts and not _is_new(document, kept[0]):
+                return Dropped("duplicate", conversation.line)
             seen.update(_names(conversation, document))
             validation.add(document)
             return None
@@ -248,8 +260,11 @@ def _prepare(
         def take(conversation: Conversation, document: Tokens) -> Dropped | None:
             if seen and seen.intersection(_names(conversation, document)):
                 return Dropped("in_validation", conversation.line)
-            fraction = spec.validation_fraction
-            held_out = fraction > 0 and conversation.key() < fraction * 2**64
+            if cuts and not _is_new(document, kept[1]):
+                return Dropped("duplicate", conversation.line)
+            # Rows that only what was cut off told apart belong on the same side.
+            said = _hash(document.said) if cuts else conversation.said()
+            held_out = said < spec.validation_fraction * 2**64
             (validation if held_out else train).add(document)
             return None
 
@@ -286,15 +301,34 @@ def _write(spec: JobSpec, documents: Documents, path: Path, limit: int, control:
     lengths = documents.lengths
     if not len(lengths):
         return []
-    rows = best_fit(lengths, limit) if spec.packing else [[index] for index in range(len(lengths))]
-    rows = arranged(rows, lengths, spec.training.per_device_train_batch_size, spec.training.seed)
+    size, seed = spec.training.per_device_train_batch_size, spec.training.seed
+    if spec.packing:
+        rows = arranged(best_fit(lengths, limit), lengths, size, seed)
+    else:
+        rows = in_batches(lengths, size, seed)
     documents.write(path, rows, control)
     return [int(lengths[row].sum()) for row in rows]
 
 
 def _names(conversation: Conversation, document: Tokens) -> tuple[int, int]:
     """By what it says and by its tokens: two rows that have either in common are the same text."""
-    return conversation.key(), hash(document.ids.tobytes())
+    return conversation.said(), _hash(document.said)
+
+
+def _is_new(document: Tokens, kept: set[int]) -> bool:
+    """Whether no other document with these tokens and this mask is among the kept; adds it."""
+    name = _hash(document.ids, document.trained)
+    new = name not in kept
+    kept.add(name)
+    return new
+
+
+def _hash(*arrays: npt.NDArray[Any]) -> int:
+    """64 bits, the same in each process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _collect_others(

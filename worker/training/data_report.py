@@ -33,13 +33,17 @@ def token_report(lengths: npt.NDArray[np.int64], trained: int) -> dict[str, Any]
 
 
 def packing_report(spec: JobSpec, row_tokens: list[int], limit: int) -> dict[str, Any]:
-    """Slots are what the model computes on: full rows if packed, else padded batches of like lengths."""
+    """Slots are what the model computes on: full rows if packed, else batches padded to their longest row.
+
+    Args:
+        row_tokens: tokens of each row, in the order of training.
+    """
     if spec.packing:
         slots = len(row_tokens) * limit
     else:
         size = spec.training.per_device_train_batch_size
-        ordered = sorted(row_tokens, reverse=True)
-        slots = sum(ordered[at] * len(ordered[at : at + size]) for at in range(0, len(ordered), size))
+        batches = (row_tokens[at : at + size] for at in range(0, len(row_tokens), size))
+        slots = sum(max(batch) * len(batch) for batch in batches)
     return {
         "enabled": spec.packing,
         "rows": len(row_tokens),

@@ -22,9 +22,8 @@ from shared.data.reader import read_rows
 from shared.errors import DatasetError, JobFailure
 from shared.events import MemorySink
 from shared.spec import JobSpec
-from worker.training.data import prepare_data
+from worker.training.data import prepare_data, template_for
 from worker.training.models import load_tokenizer, resolve_model
-from worker.training.templates import chatml
 from worker.training.tokenize import Encoder, Tokens
 from worker.training.workdir import Workdir
 
@@ -62,7 +61,7 @@ def inspect(spec: JobSpec, file: Path, line: int | None, workdir: Workdir) -> di
         model_max_length=model.context_length,
     )
     limit = min(spec.max_seq_length, model.context_length or spec.max_seq_length)
-    encoder = Encoder(tokenizer, chatml(tokenizer, spec.train_on))
+    encoder = Encoder(tokenizer, template_for(spec, tokenizer))
     # The summary of the report, which is given as it is, is a warning where rows were dropped.
     warnings = [e.message for e in sink.entries if e.level == "warning" and not e.message.startswith("Data:")]
     return {

@@ -11,14 +11,16 @@ from torch.utils.data import Sampler
 
 
 class RowOrder(Sampler[int]):
-    """The data's own order in the first epoch, another shuffle of the same seed in each later one.
+    """The data's own order in the first epoch, another shuffle of its batches in each later one.
 
     The data comes shuffled, with its longest rows first: a job that will run out of memory does so in its
-    first step rather than after an hour.
+    first step rather than after an hour. Rows that are padded lie in batches of like lengths, which stay
+    together; packed rows are shuffled one by one. A batch that isn't full stays the last.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, batch: int = 1) -> None:
         self._rows = rows
+        self._batch = batch
         self._seed = seed
         self._epoch = 0
 
@@ -30,7 +32,10 @@ class RowOrder(Sampler[int]):
         if self._epoch == 0:
             return iter(range(self._rows))
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(torch.randperm(self._rows, generator=generator).tolist())
+        full = self._rows // self._batch
+        rows = torch.arange(full * self._batch).reshape(full, self._batch)
+        shuffled = rows[torch.randperm(full, generator=generator)].flatten().tolist()
+        return iter([*shuffled, *range(full * self._batch, self._rows)])
 
     def __len__(self) -> int:
         return self._rows
@@ -43,7 +48,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        return RowOrder(len(rows), self.args.data_seed)
+        batch = 1 if self.args.padding_free else self.args.per_device_train_batch_size
+        return RowOrder(len(rows), self.args.data_seed, batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more
         """The held-out rows' mean loss and accuracy over all trained tokens, told to the callbacks.

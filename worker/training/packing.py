@@ -55,3 +55,16 @@ def arranged(
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     rest = shuffled[~np.isin(shuffled, longest)]
     return [rows[index] for index in [*longest.tolist(), *rest.tolist()]]
+
+
+def in_batches(lengths: Sequence[int] | npt.NDArray[np.int64], size: int, seed: int) -> list[list[int]]:
+    """Rows of one document each, for batches of rows of like lengths, which pad little.
+
+    The batch of the longest comes first, the others are shuffled, one that isn't full comes last.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    short = [batches.pop()] if len(batches[-1]) < size else []
+    shuffled = np.random.default_rng(seed).permutation(len(batches)).tolist()
+    batches = [*batches[:1], *[batches[number] for number in shuffled if number], *short]
+    return [[document] for batch in batches for document in batch]

@@ -108,6 +108,7 @@ class ModelTemplate:
         self._end = pieces[-1].rstrip()
         if not self._end:
             raise ValueError("its chat template has no mark at the end of an answer")
+        self._prompt = self._generation_prompt()
         if own_calls and not self._writes_calls():
             raise ValueError(
                 "its chat template doesn't write tools and calls; functioncall is the style for it"
@@ -136,6 +137,12 @@ class ModelTemplate:
                 return self._by_marks(pieces[::2], numbers, contents, turns)
         return self._by_prefixes(whole, messages, tools, turns)
 
+    def _generation_prompt(self) -> str:
+        question = [{"role": "user", "content": "x"}]
+        without = self._apply(question, None) or ""
+        prompted = self._apply(question, None, generation=True) or ""
+        return prompted.removeprefix(without) if prompted.startswith(without) else ""
+
     def _writes_calls(self) -> bool:
         function = {"name": "look_up", "arguments": {"city": "Oslo"}}
         tool = {"name": "find_out", "description": "x", "parameters": {"type": "object", "properties": {}}}
@@ -152,18 +159,26 @@ class ModelTemplate:
         self, scaffold: list[str], numbers: list[int], contents: list[str], turns: list[Turn]
     ) -> list[Span] | None:
         everything = self._train_on == "all"
-        spans = [Span(scaffold[0], everything, True)]
-        for number, content, after in zip(numbers, contents, scaffold[1:], strict=True):
+        weighed = [everything and turn.trained is not False for turn in turns]
+        spans = [Span(scaffold[0], all(weighed[: numbers[0] + 1] if numbers else weighed), True)]
+        following = [*numbers[1:], None]
+        for number, content, after, coming in zip(numbers, contents, scaffold[1:], following, strict=True):
             turn = turns[number]
             answer = turn.role == "assistant"
             trained = turn.trained if turn.trained is not None else everything or answer
             spans.append(Span(content, trained))
-            if answer:
-                if not after.startswith(self._end):
-                    return None
-                spans.append(Span(self._end, trained, True, ends_turn=True))
+            # Behind a turn's own end is the header of the next one.
+            header = weighed[number] if coming is None else all(weighed[number + 1 : coming + 1])
+            header = header and (coming is None or weighed[coming])
+            if after.startswith(self._end):
+                ends = trained if answer else weighed[number]
+                spans.append(Span(self._end, ends, True, ends_turn=answer))
                 after = after.removeprefix(self._end)
-            spans.append(Span(after, everything, True))
+            elif answer:
+                return None
+            else:
+                header = header and weighed[number]
+            spans.append(Span(after, header, True))
         return spans
 
     def _by_prefixes(
@@ -173,24 +188,35 @@ class ModelTemplate:
         special = self._tokenizer.all_special_tokens
         if any(token in turn.content for turn in turns for token in (*special, self._end)):
             return None
-        everything = self._train_on == "all"
+        weighed = [self._train_on == "all" and turn.trained is not False for turn in turns]
         spans: list[Span] = []
-        at = 0
+        at = told = 0
         for number, turn in enumerate(turns):
             if turn.role != "assistant" or not turn.content.strip():
                 continue
-            before = self._apply(messages[:number], tools, generation=True) if number else ""
             upto = self._apply(messages[: number + 1], tools)
+            before = self._before(messages[:number], tools, upto or "")
             if before is None or upto is None or not upto.startswith(before):
                 return None
             upto = upto.rstrip()
             if not upto.endswith(self._end) or not whole.startswith(upto) or len(before) < at:
                 return None
             trained = turn.trained if turn.trained is not None else True
-            spans.append(Span(whole[at : len(before)], everything, True))
+            header = len(before) - len(self._prompt) if before.endswith(self._prompt) else len(before)
+            header = max(at, header)
+            spans.append(Span(whole[at:header], all(weighed[told:number] or [weighed[number]]), True))
+            spans.append(Span(whole[header : len(before)], weighed[number], True))
             spans.append(Span(whole[len(before) : len(upto)], trained, True, ends_turn=True))
-            at = len(upto)
-        return [*spans, Span(whole[at:], everything, True)]
+            at, told = len(upto), number + 1
+        return [*spans, Span(whole[at:], all(weighed[told:] or weighed[-1:]), True)]
+
+    def _before(self, messages: list[dict[str, Any]], tools: Any, upto: str) -> str | None:
+        """What stands before an answer: the messages before it and its header."""
+        if messages or not self._prompt:
+            return self._apply(messages, tools, generation=True)
+        # Few templates render no messages at all, but the header of an answer shows where it begins.
+        found = upto.rfind(self._prompt)
+        return None if found < 0 else upto[: found + len(self._prompt)]
 
     def _messages(self, conversation: Conversation) -> tuple[list[Turn], list[dict[str, Any]], Any]:
         """The turns that are rendered, as messages for the template, and the tools for it."""
@@ -227,7 +253,7 @@ class ModelTemplate:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generation
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError):
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             return None
         return str(text)
 

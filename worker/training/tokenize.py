@@ -25,6 +25,7 @@ from worker.training.templates import Template, adds_bos
 
 # Some tokenizers mark their tokens for single bytes as special; ordinary text gives those too.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 CUT = "cut_at_a_turns_end"
 ESCAPED = "delimiter_escaped"
 DELIMITER_IN_TEXT = "delimiter_in_text"
@@ -37,11 +38,13 @@ class Tokens:
     Attributes:
         ids: int32 [tokens].
         trained: bool [tokens]; the first token is never trained, for nothing comes before it.
+        said: int32, the ids without what the template writes after the last turn's end.
         notes: what was done to it, to be counted.
     """
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
+    said: npt.NDArray[np.int32]
     notes: tuple[str, ...]
 
 
@@ -103,7 +106,9 @@ class Encoder:
                 ranges.append((start, position))
             if span.ends_turn:
                 ends.append(position)
-        return _Text("".join(pieces), ranges, ends, notes)
+        text = "".join(pieces)
+        # Calls and tools that the template writes may hold what no turn's text does.
+        return None if _SURROGATE.search(text) else _Text(text, ranges, ends, notes)
 
     def _plain(self, conversation: Conversation) -> list[Span]:
         """A text as it is, all of it trained, between BOS and the end that generation stops at."""
@@ -137,7 +142,10 @@ class Encoder:
                 notes = (*notes, CUT)
             else:
                 keep = len(ids)
-        return Tokens(self._original[ids[:keep]], trained[:keep], notes)
+        end = _border(encoding, text.ends[-1]) if text.ends and keep == len(ids) else keep
+        found = self._original[ids[:keep]]
+        said = found[:end] if end and not trained[end:keep].any() else found
+        return Tokens(found, trained[:keep], said, notes)
 
 
 class _Text(NamedTuple):

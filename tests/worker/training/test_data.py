@@ -12,13 +12,16 @@ import pytest
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from shared.data.chatml import render
+from shared.data.conversation import Conversation
 from shared.data.formats import parse_row
 from shared.errors import JobFailure, JobStopped
 from shared.events import MemorySink
 from shared.lifecycle import FailureCode
 from shared.spec import JobSpec
 from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
+from worker.training import collect
 from worker.training.data import PreparedData, prepare_data
+from worker.training.tokenize import Encoder
 
 
 def prepare(
@@ -141,6 +144,66 @@ def test_overlong_rows_are_cut_at_a_turns_end_if_asked(tmp_path: Path) -> None:
     assert report["dropped"]["too_long"]["lines"] == [2]
     assert report["notes"]["cut_at_a_turns_end"] == {"count": 1, "lines": [1]}
     assert report["rows_used"] == 1
+
+
+def test_rows_that_only_what_was_cut_told_apart_are_on_one_side(tmp_path: Path) -> None:
+    rows = []
+    for number in range(60):
+        start = chat_row(f"q{number}", f"a{number}")["messages"]
+        ends = [chat_row("r", f"{word} " * 400)["messages"] for word in ("word", "answer")]
+        rows += [{"messages": [*start, *end]} for end in ends]
+    data = {"source": "file", "file_id": "file-" + "a" * 24}
+    spec = JobSpec.model_validate({"max_seq_length": 128, "dataset": data, "overlong_rows": "cut"})
+    spec = spec.model_copy(update={"validation_fraction": 0.3})
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    prepared = prepare_data(spec, path, tokenizer(), MemorySink(), GoOn(), None, tmp_path / "cache")
+    train, held_out = texts(prepared.train), texts(prepared.validation)
+    assert train
+    assert held_out
+    assert not train & held_out
+    assert prepared.report["dropped"]["duplicate"]["count"] == 60
+    with_others = with_validation(tmp_path, rows[1::2], rows[:10:2], overlong_rows="cut")
+    assert not texts(with_others.train) & texts(with_others.validation)
+
+
+def test_other_weights_do_not_take_a_row_to_the_other_side(tmp_path: Path) -> None:
+    rows = []
+    for number in range(60):
+        turns = [*chat_row(f"q{number}", "a")["messages"], *chat_row("r", f"a{number}")["messages"]]
+        weighed = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+        rows += [{"messages": turns}, {"messages": weighed}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    prepared = prepare_data(held_out_spec(tmp_path, 0.3), path, tokenizer(), MemorySink(), GoOn(), None)
+    assert prepared.report["rows_used"] == 120
+    assert texts(prepared.validation)
+    assert not texts(prepared.train) & texts(prepared.validation)
+
+
+def test_white_space_in_a_text_tells_rows_apart(tmp_path: Path) -> None:
+    code = "if x:\n    a()\nb()"
+    answers = [code, code.replace("b()", "    b()"), code.replace("\n", "\r\n"), f" {code}\n", f"{code}\x1f"]
+    found = [parse_row(chat_row("q", answer), "messages", 1) for answer in answers]
+    keys = [row.key() for row in found if isinstance(row, Conversation)]
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2] == keys[3]
+    prepared = prepare(tmp_path, [chat_row("q", answer) for answer in answers[:3]])
+    assert prepared.report["dropped"]["duplicate"]["lines"] == [3]
+
+
+def test_wide_rows_make_short_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "BATCH_CHARACTERS", 100)
+    sizes = []
+    encode = Encoder.encode
+
+    def spy(encoder: Encoder, rows: Any) -> Any:
+        sizes.append(len(rows))
+        return encode(encoder, rows)
+
+    monkeypatch.setattr(Encoder, "encode", spy)
+    rows = [chat_row(f"q{number}", "word " * 10) for number in range(7)]
+    assert prepare(tmp_path, rows).report["rows_used"] == 7
+    assert sum(sizes) == 7
+    assert max(sizes) == 2
 
 
 def test_the_steps_are_the_trainers(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.training.packing import arranged, best_fit
+from shared.spec import JobSpec
+from worker.training.data_report import packing_report
+from worker.training.job_trainer import RowOrder
+from worker.training.packing import arranged, best_fit, in_batches
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))
@@ -37,3 +40,31 @@ def test_the_longest_rows_lead_and_the_rest_is_shuffled_by_seed() -> None:
     assert found[:3] == [[99], [98], [97]]
     assert sorted(found) == rows
     assert found == arranged(rows, lengths, 3, seed=1) != arranged(rows, lengths, 3, seed=2)
+
+
+def test_padded_batches_hold_rows_of_like_lengths() -> None:
+    lengths = np.random.default_rng(0).permutation(np.arange(1, 103))
+    rows = in_batches(lengths, 4, seed=1)
+    assert sorted(rows) == [[number] for number in range(102)]
+    tokens = [int(lengths[row].sum()) for row in rows]
+    assert tokens[:4] == [102, 101, 100, 99]
+    assert tokens[-2:] == [2, 1]
+    assert all(max(tokens[at : at + 4]) - min(tokens[at : at + 4]) < 4 for at in range(0, 102, 4))
+    assert tokens != sorted(tokens, reverse=True)
+    assert rows == in_batches(lengths, 4, seed=1) != in_batches(lengths, 4, seed=2)
+
+
+def test_efficiency_is_that_of_the_order_of_the_rows() -> None:
+    spec = JobSpec.model_validate({"packing": False, "training": {"per_device_train_batch_size": 2}})
+    assert packing_report(spec, [10, 10, 2, 2], 128)["efficiency"] == 1
+    assert packing_report(spec, [10, 2, 10, 2], 128)["efficiency"] == 0.6
+
+
+def test_later_epochs_shuffle_whole_batches() -> None:
+    order = RowOrder(42, seed=3, batch=4)
+    assert list(order) == list(range(42))
+    order.set_epoch(1)
+    found = list(order)
+    assert sorted(found) == list(range(42)) != found
+    assert found[-2:] == [40, 41]
+    assert all(found[at : at + 4] == list(range(found[at], found[at] + 4)) for at in range(0, 40, 4))

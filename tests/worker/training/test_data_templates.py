@@ -142,7 +142,51 @@ def test_everything_but_weight_zero_is_trained_if_asked() -> None:
     (tokens,) = Encoder(model, ModelTemplate(model, "all", own_calls=False)).encode([conversation(CHAT)])
     assert tokens is not None
     left_out = model.decode(tokens.ids[~tokens.trained].tolist())
-    assert left_out == "<|im_start|>four<|im_end|>"
+    assert left_out == "<|im_start|>\n<|im_start|>assistant\nfour<|im_end|>"
+
+
+def test_everything_of_a_call_row_but_weight_zero_is_trained_if_asked() -> None:
+    model = model_with(TEMPLATES["writes calls"])
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat = [
+        {"role": "user", "content": "one", "weight": 0},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "two"},
+        {"role": "assistant", "content": "three", "weight": 0},
+        {"role": "user", "content": "four"},
+        {"role": "assistant", "content": "five"},
+    ]
+    (tokens,) = Encoder(model, ModelTemplate(model, "all", own_calls=True)).encode([conversation(chat)])
+    assert tokens is not None
+    left_out = model.decode(tokens.ids[~tokens.trained].tolist())
+    assert left_out == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nthree<|im_end|>"
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]])
+def test_the_header_of_a_call_that_comes_first_is_not_trained(tools: list[dict[str, Any]]) -> None:
+    model = model_with(TEMPLATES["writes calls"])
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat = [
+        {"role": "assistant", "content": "I'll look.", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "a"},
+    ]
+    encoder = Encoder(model, ModelTemplate(model, "assistant", own_calls=True))
+    (tokens,) = encoder.encode([conversation(chat, tools=tools)])
+    assert tokens is not None
+    trained = model.decode(tokens.ids[tokens.trained].tolist())
+    assert trained == f"I'll look.<call>{json.dumps(call['function'])}</call><|im_end|>a<|im_end|>"
+
+
+def test_tools_that_can_not_be_text_drop_the_row() -> None:
+    model = model_with(TEMPLATES["writes calls"])
+    encoder = Encoder(model, ModelTemplate(model, "assistant", own_calls=True))
+    deep: Any = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    turns = conversation(chat_row("q", "a")["messages"]).turns
+    rows = [Conversation(turns, ({"name": "f", "description": bad},), 1) for bad in ("\ud800", deep)]
+    assert encoder.encode(rows) == [None, None]
 
 
 def test_typed_delimiters_stay_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,22 @@ def test_the_row_that_is_asked_for(
     _, found = answer(capsys, tiny_model, file, "--line", line)
     assert found["conversation"]["dropped"] == dropped
     assert bool(found["conversation"]["spans"]) == has_text
+
+
+def test_the_models_own_template_is_shown(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "own"
+    shutil.copytree(tiny_model, model)
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+    (model / "chat_template.jinja").write_text(source, encoding="utf-8")
+    spec = FILE_SPEC.model_copy(update={"chat_template": "model"})
+    file = write_rows(tmp_path / "rows", [chat_row("a", "b")])
+    cache = str(tmp_path / "cache")
+    main([str(file), "--spec", json.dumps(spec.to_json()), "--cache", cache, "--model-dir", str(model)])
+    found = json.loads(capsys.readouterr().out)["conversation"]
+    assert "[user] a" in found["spans"][0]["text"]
+    assert (found["tokens"], found["dropped"]) != (0, "not_rendered")
 
 
 @pytest.mark.parametrize(
