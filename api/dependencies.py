@@ -12,7 +12,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.context import Caller, Context
 from api.news import Hub
-from api.services.inspection import Inspector
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.ids import DATASET_ID, JOB_ID
@@ -55,16 +54,11 @@ async def _hub(context: ContextDep) -> Hub:
     return context.hub
 
 
-async def _inspector(context: ContextDep) -> Inspector:
-    return context.inspector
-
-
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StoreDep = Annotated[Store, Depends(_store)]
 DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
 HubDep = Annotated[Hub, Depends(_hub)]
-InspectorDep = Annotated[Inspector, Depends(_inspector)]
 
 
 def authenticate(

@@ -7,7 +7,6 @@ only when it is complete.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -111,17 +110,6 @@ class Store:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a store key: {key!r}")
         return f"{self._root.rstrip('/')}/{key}"
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 (hex) of a file, read in chunks."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
-            digest.update(chunk)
-    return size, digest.hexdigest()
 
 
 def _copy_across(source: Path, destination: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from shared.database import Database
 from shared.events import Entry
 from shared.ids import new_job_id
 from shared.lifecycle import JobStatus
-from shared.repository.jobs import add_job
+from shared.repository.jobs import PRIORITIES, add_job
 from shared.spec import JobSpec
 from shared.tables import Job
 
-PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+
+def size_and_hash(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 (hex) of a small file."""
+    content = path.read_bytes()
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:

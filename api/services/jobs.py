@@ -33,7 +33,6 @@ from shared.spec import CONTROL_CHARACTERS, FileDataset, JobSpec
 from shared.storage import Store
 from shared.tables import DatasetRow, Job
 
-PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 
 
@@ -129,7 +128,7 @@ def create(
             owner=caller.name,
             status=JobStatus.QUEUED,
             model=spec.model,
-            priority=PRIORITIES[spec.priority],
+            priority=jobs.PRIORITIES[spec.priority],
             spec=spec.to_json(),
             user_metadata=spec.metadata,
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import and_, or_
 from sqlmodel import Session, col, select
 
-from shared.errors import InvalidRequest, NotFound, StateConflict
-from shared.repository.jobs import Page, uses_dataset
+from shared.errors import NotFound, StateConflict
+from shared.repository.jobs import Page, read_page, uses_dataset
 from shared.tables import ArtifactRow, DatasetRow
 
 
@@ -76,20 +75,7 @@ def list_datasets(session: Session, owner: str | None, page: Page) -> tuple[list
     statement = select(DatasetRow)
     if owner is not None:
         statement = statement.where(DatasetRow.owner == owner)
-    if page.after is not None:
-        try:
-            start = get_dataset(session, page.after, owner)
-        except NotFound as error:
-            raise InvalidRequest(f"No dataset {page.after} to page on after.", param="after") from error
-        statement = statement.where(
-            or_(
-                col(DatasetRow.created_at) < start.created_at,
-                and_(col(DatasetRow.created_at) == start.created_at, col(DatasetRow.id) < start.id),
-            )
-        )
-    statement = statement.order_by(col(DatasetRow.created_at).desc(), col(DatasetRow.id).desc())
-    rows = list(session.exec(statement.limit(page.limit + 1)))
-    return rows[: page.limit], len(rows) > page.limit
+    return read_page(session, DatasetRow, statement, page, lambda after: get_dataset(session, after, owner))
 
 
 def delete_dataset(session: Session, dataset_id: str, owner: str | None) -> str:

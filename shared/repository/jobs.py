@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import and_, delete, func, or_
 from sqlmodel import Session, col, select
@@ -15,9 +15,15 @@ from shared.errors import InvalidRequest, NotFound, StateConflict
 from shared.events import Entry
 from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
 from shared.repository import logs
-from shared.tables import IdempotencyKey, Job
+from shared.tables import DatasetRow, IdempotencyKey, Job
 
 IDEMPOTENCY_HOURS = 24
+
+
+# The order of claims.
+PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+
+Row = TypeVar("Row", Job, DatasetRow)
 
 
 @dataclass(frozen=True)
@@ -83,19 +89,31 @@ def list_jobs(
         statement = statement.where(Job.model == model)
     for key, value in (metadata or {}).items():
         statement = statement.where(col(Job.user_metadata)[key].as_string() == value)
+    return read_page(session, Job, statement, page, lambda after: get_job(session, after, owner))
+
+
+def read_page(
+    session: Session, table: type[Row], statement: Any, page: Page, find: Callable[[str], Row]
+) -> tuple[list[Row], bool]:
+    """One page of the rows that `statement` selects, newest first, and whether there are more.
+
+    Args:
+        find: the row of the id that the page comes after, or NotFound.
+
+    Raises:
+        InvalidRequest: that row is not there to be seen.
+    """
+    made, row_id = col(table.created_at), col(table.id)
     if page.after is not None:
         try:
-            start = get_job(session, page.after, owner)
+            start = find(page.after)
         except NotFound as error:
-            raise InvalidRequest(f"No job {page.after} to page on after.", param="after") from error
+            told = error.message.removesuffix(".")
+            raise InvalidRequest(f"{told} to page on after.", param="after") from error
         statement = statement.where(
-            or_(
-                col(Job.created_at) < start.created_at,
-                and_(col(Job.created_at) == start.created_at, col(Job.id) < start.id),
-            )
+            or_(made < start.created_at, and_(made == start.created_at, row_id < start.id))
         )
-    statement = statement.order_by(col(Job.created_at).desc(), col(Job.id).desc()).limit(page.limit + 1)
-    rows = list(session.exec(statement))
+    rows = list(session.exec(statement.order_by(made.desc(), row_id.desc()).limit(page.limit + 1)))
     return rows[: page.limit], len(rows) > page.limit
 
 
@@ -217,18 +235,6 @@ def uses_dataset(session: Session, dataset_id: str) -> bool:
         ),
     )
     return session.exec(statement.limit(1)).first() is not None
-
-
-def queued_ahead(session: Session, job: Job) -> int:
-    """How many queued jobs would be claimed before this one."""
-    statement = select(func.count()).where(
-        Job.status == JobStatus.QUEUED,
-        or_(
-            col(Job.priority) < job.priority,
-            and_(col(Job.priority) == job.priority, col(Job.created_at) < job.created_at),
-        ),
-    )
-    return session.exec(statement).one()
 
 
 def oldest_queued(session: Session, owner: str | None) -> datetime | None:

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 
-from shared.storage import CHUNK, Store, hash_file
+from shared.storage import CHUNK, Store
 
 STORES = ["file", "memory"]
 
@@ -66,9 +65,3 @@ def test_readiness_and_free_space(store: Store) -> None:
     assert store.is_writable()
     free = store.free_bytes()
     assert free is None or free > 0
-
-
-def test_hash_file_counts_and_hashes(tmp_path: Path) -> None:
-    content = b"x" * (CHUNK + 3)
-    (tmp_path / "f").write_bytes(content)
-    assert hash_file(tmp_path / "f") == (len(content), hashlib.sha256(content).hexdigest())

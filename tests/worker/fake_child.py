@@ -15,7 +15,7 @@ from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progr
 from shared.lifecycle import Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
-from shared.storage import hash_file
+from tests.samples import size_and_hash
 from worker.child import main
 from worker.training.workdir import Workdir
 
@@ -62,7 +62,7 @@ def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
 
 def _publish(path: Path, content: bytes, sink: EventSink) -> Artifact:
     path.write_bytes(content)
-    size, sha256 = hash_file(path)
+    size, sha256 = size_and_hash(path)
     artifact = Artifact(name=path.name, kind="adapter", path=path, bytes=size, sha256=sha256)
     sink.artifact(artifact)
     return artifact

@@ -18,11 +18,11 @@ from shared.ids import new_dataset_id
 from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
 from shared.settings import Settings
-from shared.storage import Store, hash_file
+from shared.storage import Store
 from shared.tables import DatasetRow, Job, LogEntry
 from shared.valkey import EmbeddedValkey
 from tests.conftest import wait_for
-from tests.samples import make_job
+from tests.samples import make_job, size_and_hash
 from tests.worker.conftest import CPU, Start
 from worker.supervisor import Supervisor
 
@@ -96,7 +96,7 @@ def test_a_job_gets_both_of_its_uploaded_files(
         file = tmp_path / dataset_id
         file.write_text(f"[{dataset_id}]")
         key = f"datasets/{dataset_id}/data"
-        size, sha256 = hash_file(file)
+        size, sha256 = size_and_hash(file)
         Store(settings.artifacts()).publish(file, key)
         row = DatasetRow(
             id=dataset_id, owner="ann", filename="x", bytes=size, sha256=sha256, status="processed",
