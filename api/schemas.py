@@ -201,6 +201,7 @@ class SlotOut(BaseModel):
     index: int
     name: str
     memory_bytes: int
+    engines: list[str]
 
 
 class GpuOut(SlotOut):

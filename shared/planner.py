@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from shared.models import ModelInfo
-from shared.plan import Plan
+from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
 from shared.tables import WorkerRow
 
@@ -33,12 +33,20 @@ BYTES_PER_WEIGHT = {
 
 @dataclass(frozen=True)
 class Device:
-    """One slot of a worker: a GPU (`index` as CUDA counts it) or the CPU. Memory in bytes."""
+    """One slot of a worker: a GPU (`index` as CUDA counts it) or the CPU. Memory in bytes.
+
+    `engines` are those that the worker has installed and this device can run.
+    """
 
     kind: Literal["cpu", "cuda"]
     index: int
     name: str
     memory_bytes: int
+    engines: tuple[EngineName, ...] = ("reference",)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        return cls(**stored | {"engines": tuple(stored["engines"])})
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,12 +54,13 @@ class Device:
             "index": self.index,
             "name": self.name,
             "memory_bytes": self.memory_bytes,
+            "engines": list(self.engines),
         }
 
 
 def devices_of(workers: Iterable[WorkerRow]) -> list[Device]:
     """The slots of all workers on line."""
-    return [Device(**slot) for worker in workers for slot in worker.slots]
+    return [Device.from_json(slot) for worker in workers for slot in worker.slots]
 
 
 def make_plan(spec: JobSpec, devices: Sequence[Device]) -> Plan | None:
@@ -70,7 +79,7 @@ def make_plan(spec: JobSpec, devices: Sequence[Device]) -> Plan | None:
         precision=precision,
         micro_batch=spec.training.per_device_train_batch_size,
         accumulation=spec.training.gradient_accumulation_steps,
-        gradient_checkpointing=tokens > CHECKPOINTING_TOKENS,
+        gradient_checkpointing="all" if tokens > CHECKPOINTING_TOKENS else "none",
         reason=f"The reference engine in {precision} on {device.name}: batch "
         f"{spec.training.per_device_train_batch_size} x {spec.training.gradient_accumulation_steps} "
         f"of {spec.max_seq_length} tokens.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from shared.errors import InvalidRequest, Unavailable
+from shared.plan import EngineName
 from shared.planner import Device
 
 QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
@@ -74,8 +76,18 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
         index, uuid, name, memory = parts
         if wanted is None or any(w == index or (w and uuid.startswith(w)) for w in wanted):
             mebibytes = int(memory) if memory.isdigit() else 0
-            devices.append(Device("cuda", int(index), name, mebibytes << 20))
+            devices.append(Device("cuda", int(index), name, mebibytes << 20, installed_engines()))
     return devices
+
+
+def installed_engines() -> tuple[EngineName, ...]:
+    """The engines that a GPU of this box can run: the reference, and those whose packages are installed."""
+    found: list[EngineName] = ["reference"]
+    if importlib.util.find_spec("liger_kernel"):
+        found.append("compiled")
+    if importlib.util.find_spec("unsloth"):
+        found.append("unsloth")
+    return tuple(found)
 
 
 def _cpu(index: int) -> Device:

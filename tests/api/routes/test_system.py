@@ -16,7 +16,7 @@ from tests.api.conftest import SPEC, Api, error_of
 
 pytestmark = pytest.mark.anyio
 
-GPU = {"kind": "cuda", "index": 0, "name": "NVIDIA L4", "memory_bytes": 24 << 30}
+GPU = {"kind": "cuda", "index": 0, "name": "NVIDIA L4", "memory_bytes": 24 << 30, "engines": ["reference"]}
 
 
 def put_worker(api: Api, worker_id: str, **changes: object) -> None:

@@ -76,7 +76,7 @@ def plan_for(spec: JobSpec, **fields: Any) -> Plan:
         "precision": "fp32",
         "micro_batch": spec.training.per_device_train_batch_size,
         "accumulation": spec.training.gradient_accumulation_steps,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "none",
         "reason": "a test",
     }
     return Plan(**values | fields)

@@ -39,7 +39,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         use_rslora=spec.lora.use_rslora,
         bias="none",
     )
-    if plan.gradient_checkpointing:
+    if plan.gradient_checkpointing != "none":
         # The frozen embeddings' output needs a gradient, or nothing behind a checkpoint would get one.
         base.enable_input_require_grads()
     return peft.get_peft_model(base.to(plan.device), lora)
