@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
-from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from shared.clock import utcnow
-from shared.database import Database, Session
-from shared.errors import LeaseLost
-from shared.events import Entry
-from shared.ids import JOB_ID, new_token
-from shared.lifecycle import TERMINAL, FailureCode, JobStatus
-from shared.planner import Device, make_plan
+from shared.database import Database
+from shared.lifecycle import TERMINAL, JobStatus
+from shared.planner import Device
 from shared.queue import Doorbell
-from shared.repository import keys, leases, logs
-from shared.repository.jobs import set_status
+from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import Job, WorkerRow
+from worker.claims import claim_for
 from worker.doorbell import Listener
 from worker.launch import Child
 from worker.order import Order
+from worker.settle import keep_checkpoints, settle, time_out
+from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep
 
 SEEN_SECONDS = 5.0
-SWEEP_SECONDS = 30.0
-CHECKPOINTS = "checkpoints"
 # A process that dies sooner than this has hardly begun its job.
 QUICK_DEATH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 120.0
@@ -106,7 +100,7 @@ class Supervisor:
         if now >= self._recover_after:
             self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
-            self._sweep()
+            sweep(self._database, self._work)
             self._swept = now
         if now >= self._claim_after:
             self._claim()
@@ -146,30 +140,16 @@ class Supervisor:
             self._settle(child, asked=child.stop_asked_at is not None)
 
     def _settle(self, child: Child, *, asked: bool) -> None:
-        """An attempt is over: if it did not end its job itself, give the job back, then clean up."""
-        code = child.exit_code()
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        words = child.last_words()
-        why = f"The job's process ended unexpectedly ({how}{': ' + words if words else ''})."
-        try:
-            with self._database.write() as session:
-                job = leases.owned_job(session, child.job_id, child.token)
-                if asked:
-                    leases.give_back(session, job, "The worker was stopped.")
-                else:
-                    leases.lose(session, job, why, self._settings.max_losses)
-        except LeaseLost:
-            logger.info("Job %s: its process has ended it (%s)", child.job_id, how)
+        """An attempt is over: see to its job, then clean up."""
+        if settle(self._database, child, self._settings.max_losses, asked=asked):
             self._quick_deaths = 0
-        else:
-            logger.warning("Job %s: %s", child.job_id, why)
-            if not asked:
-                self._slow_down(child)
+        elif not asked:
+            self._slow_down(child)
         self._doorbell.tell(child.job_id)
         child.close()
         self._children.remove(child)
-        self._keep_checkpoints(child)
-        _remove_in_background(child.workdir)
+        keep_checkpoints(self._database, child)
+        remove_in_background(child.workdir)
 
     def _slow_down(self, child: Child) -> None:
         """After a death that came soon: what killed it may kill whatever is claimed next."""
@@ -177,23 +157,6 @@ class Supervisor:
         self._quick_deaths = self._quick_deaths + 1 if quick else 0
         pause = min(self._settings.retry_seconds * self._quick_deaths, LONGEST_PAUSE_SECONDS)
         self._claim_after = time.monotonic() + pause
-
-    def _keep_checkpoints(self, child: Child) -> None:
-        """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted."""
-        with self._database.read() as session:
-            complete = {f"checkpoint-{c.step}" for c in logs.read_checkpoints(session, child.job_id)}
-        kept = child.workdir.parent / CHECKPOINTS
-        try:
-            for found in sorted((child.workdir / CHECKPOINTS).glob("checkpoint-*")):
-                if found.name in complete:
-                    kept.mkdir(exist_ok=True)
-                    shutil.rmtree(kept / found.name, ignore_errors=True)
-                    found.rename(kept / found.name)
-            for found in kept.glob("checkpoint-*"):
-                if found.name not in complete:
-                    shutil.rmtree(found, ignore_errors=True)
-        except OSError as error:
-            logger.error("Job %s: its checkpoints could not be kept: %s", child.job_id, error)
 
     def _heed_requests(self) -> None:
         """Stop children whose job is being cancelled, has run out of time, or is no longer theirs."""
@@ -212,7 +175,7 @@ class Supervisor:
             elif status == JobStatus.CANCELLING:
                 child.ask_to_stop()
             elif self._is_over_time(child):
-                self._time_out(child)
+                time_out(self._database, child)
             if self._is_overdue(child):
                 child.kill()
         self._reap()
@@ -223,19 +186,6 @@ class Supervisor:
 
     def _is_over_time(self, child: Child) -> bool:
         return child.deadline is not None and utcnow() > child.deadline
-
-    def _time_out(self, child: Child) -> None:
-        message = "The job ran for longer than its time_limit_seconds."
-        advice = "Raise time_limit_seconds, or train on fewer samples, epochs or steps."
-        failure = {"code": FailureCode.TIMED_OUT, "message": message, "advice": advice}
-        try:
-            with self._database.write() as session:
-                job = leases.owned_job(session, child.job_id, child.token)
-                set_status(job, JobStatus.FAILED, failure=failure)
-                logs.append_entries(session, job.id, [Entry(message, level="error", data=failure)])
-        except LeaseLost:
-            logger.info("Job %s ended as its time ran out", child.job_id)
-        child.kill()
 
     def _recover_lost(self) -> None:
         """Give back the jobs whose lease has run out, whoever held it."""
@@ -255,41 +205,14 @@ class Supervisor:
         """Fill the free slots with the next jobs."""
         busy = {child.device for child in self._children}
         for device in [slot for slot in self._slots if slot not in busy]:
-            claimed = self._claim_for(device)
+            if self._stopping:
+                return
+            claimed = claim_for(self._database, self._worker.id, self._settings.lease_seconds, device)
             if claimed is None:
                 return
             self._start(claimed, device)
-            if self._stopping or time.monotonic() < self._claim_after:
+            if time.monotonic() < self._claim_after:
                 return
-
-    def _claim_for(self, device: Device) -> Job | None:
-        """The next job that this worker can read, under a new lease and with its plan; None if none waits."""
-        while not self._stopping:
-            expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
-            with self._database.write() as session:
-                job = leases.claim_next(session, self._worker.id, new_token(), expires_at)
-                if job is None:
-                    return None
-                try:
-                    plan = make_plan(JobSpec.from_json(job.spec), [device])
-                except ValidationError as error:
-                    self._refuse(session, job, error)
-                    continue
-                job.plan = plan.model_dump() if plan else None
-                job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
-            return job
-        return None
-
-    def _refuse(self, session: Session, job: Job, error: ValidationError) -> None:
-        """Fail a job whose spec this version does not understand, rather than meet it again for ever."""
-        failure = {
-            "code": FailureCode.INTERNAL_ERROR,
-            "message": f"This worker can't read the job's spec ({error.error_count()} fields).",
-            "advice": "API and worker are of different versions: upgrade both and submit it again.",
-        }
-        set_status(job, JobStatus.FAILED, failure=failure)
-        logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
-        logger.error("Job %s: %s", job.id, error)
 
     def _start(self, job: Job, device: Device) -> None:
         token = str(job.lease_token)
@@ -313,22 +236,6 @@ class Supervisor:
         self._children.append(child)
         logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, device.name, child.pid)
 
-    def _sweep(self) -> None:
-        """Remove the work folders of jobs that were deleted, and of attempts that nobody runs any more."""
-        folders = [f for f in self._work.iterdir() if f.is_dir() and JOB_ID.fullmatch(f.name)]
-        with self._database.read() as session:
-            holders = leases.holders(session, [f.name for f in folders])
-        for folder in folders:
-            if folder.name not in holders:
-                _remove_in_background(folder)
-                continue
-            _, token = holders[folder.name]
-            for attempt in folder.iterdir():
-                held = attempt.name == CHECKPOINTS or (token and attempt.name.endswith(f"-{token}"))
-                # A claim that is newer than what was read of it above has a new folder.
-                if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
-                    _remove_in_background(attempt)
-
     def _hand_back_all(self) -> None:
         """Stop every child, give their jobs back and sign off."""
         for child in self._children:
@@ -350,8 +257,3 @@ class Supervisor:
                 keys.remove_worker(session, self._worker.id)
         except DBAPIError as error:
             logger.warning("Could not sign off: %s", error.orig)
-
-
-def _remove_in_background(folder: Path) -> None:
-    """A merged model takes seconds to remove, and nothing waits for it."""
-    threading.Thread(target=shutil.rmtree, args=(folder, True)).start()

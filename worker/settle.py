@@ -1,0 +1,78 @@
+"""The end of an attempt, as the supervisor sees it: what becomes of its job and of its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+from shared.database import Database
+from shared.errors import LeaseLost
+from shared.events import Entry
+from shared.lifecycle import FailureCode, JobStatus
+from shared.repository import leases, logs
+from shared.repository.jobs import set_status
+from worker.launch import Child
+
+CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
+
+
+def settle(database: Database, child: Child, max_losses: int, *, asked: bool) -> bool:
+    """The child has ended: if it did not end its job itself, give the job back.
+
+    Args:
+        asked: it ended because the supervisor asked it to.
+
+    Returns:
+        whether the child had ended its job itself.
+    """
+    code = child.exit_code()
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    words = child.last_words()
+    why = f"The job's process ended unexpectedly ({how}{': ' + words if words else ''})."
+    try:
+        with database.write() as session:
+            job = leases.owned_job(session, child.job_id, child.token)
+            if asked:
+                leases.give_back(session, job, "The worker was stopped.")
+            else:
+                leases.lose(session, job, why, max_losses)
+    except LeaseLost:
+        logger.info("Job %s: its process has ended it (%s)", child.job_id, how)
+        return True
+    logger.warning("Job %s: %s", child.job_id, why)
+    return False
+
+
+def keep_checkpoints(database: Database, child: Child) -> None:
+    """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted."""
+    with database.read() as session:
+        complete = {f"checkpoint-{c.step}" for c in logs.read_checkpoints(session, child.job_id)}
+    kept = child.workdir.parent / CHECKPOINTS
+    try:
+        for found in sorted((child.workdir / CHECKPOINTS).glob("checkpoint-*")):
+            if found.name in complete:
+                kept.mkdir(exist_ok=True)
+                shutil.rmtree(kept / found.name, ignore_errors=True)
+                found.rename(kept / found.name)
+        for found in kept.glob("checkpoint-*"):
+            if found.name not in complete:
+                shutil.rmtree(found, ignore_errors=True)
+    except OSError as error:
+        logger.error("Job %s: its checkpoints could not be kept: %s", child.job_id, error)
+
+
+def time_out(database: Database, child: Child) -> None:
+    """Fail the job of a child that has run for too long, and kill the child."""
+    message = "The job ran for longer than its time_limit_seconds."
+    advice = "Raise time_limit_seconds, or train on fewer samples, epochs or steps."
+    failure = {"code": FailureCode.TIMED_OUT, "message": message, "advice": advice}
+    try:
+        with database.write() as session:
+            job = leases.owned_job(session, child.job_id, child.token)
+            set_status(job, JobStatus.FAILED, failure=failure)
+            logs.append_entries(session, job.id, [Entry(message, level="error", data=failure)])
+    except LeaseLost:
+        logger.info("Job %s ended as its time ran out", child.job_id)
+    child.kill()
