@@ -22,9 +22,8 @@ from tests.worker.training.samples import (
 )
 from worker.training.data import prepare_data
 from worker.training.engines.reference import load_model
-from worker.training.job_trainer import JobTrainer
 from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
-from worker.training.trainer import sft_config
+from worker.training.trainer import make_trainer
 
 pytestmark = [
     pytest.mark.train,
@@ -74,17 +73,13 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path, tiny_model: Path
     rows = write_rows(tmp_path / "rows.jsonl", conversations(12))
     data = prepare_data(spec, rows, tokenizer, MemorySink(), Running(), 2048)
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
-    trainer = JobTrainer(
-        model=load_model(spec, plan, model),
-        args=sft_config(spec, plan, 4, tmp_path),
-        train_dataset=data.train,
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(spec, plan, load_model(spec, plan, model), tokenizer, data, 4, tmp_path, [])
     batch = {k: v.to("cuda") for k, v in next(iter(trainer.get_train_dataloader())).items()}
     starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
     network = trainer.model.eval()
     with torch.no_grad():
-        together = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        together = network(**inputs, use_cache=False).logits[0]
         mixed = network(input_ids=batch["input_ids"], use_cache=False).logits[0]
         for start, end in itertools.pairwise(starts):
             alone = network(input_ids=batch["input_ids"][:, start:end], use_cache=False).logits[0]

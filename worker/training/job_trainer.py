@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with Tuneyard's order of rows and evaluation, and no model card at each checkpoint."""
+"""TRL's SFTTrainer with Tuneyard's order of rows, counting and evaluation, and no model cards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import trl
 from torch.utils.data import Sampler
+
+from worker.training.collate import FlatCollator
 
 
 class RowOrder(Sampler[int]):
@@ -42,13 +44,48 @@ class RowOrder(Sampler[int]):
 
 
 class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
-    """The trainer of every engine."""
+    """The trainer of every engine.
+
+    Its collator gives `num_tokens` with each batch, its model `loss`, `num_correct_tokens` and
+    `num_valid_tokens`.
+    """
 
     control: Any
+    # Right and learnt tokens since the last log, and all tokens, on the device: reading them waits for it.
+    counts: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: ARG002 - transformers' signature
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The mean loss over the learnt tokens of the whole step.
+
+        TRL's own waits for the device four times in every micro-batch to log what this logs once a step.
+        """
+        tokens = inputs.pop("num_tokens")
+        found = model(**inputs, num_items_in_batch=num_items_in_batch)
+        counted = torch.stack([found.num_correct_tokens.float(), found.num_valid_tokens.float()]).detach()
+        self.counts = counted if self.counts is None else self.counts + counted
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        # The count is of all processes, and gradients are averaged over them.
+        loss: torch.Tensor = found.loss * self.accelerator.num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.counts is not None and self.tokens is not None:
+            correct, valid = self.accelerator.reduce(self.counts, "sum").tolist()
+            logs["mean_token_accuracy"] = correct / max(valid, 1)
+            logs["num_tokens"] = int(self.accelerator.reduce(self.tokens, "sum"))
+            self.counts = None
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        batch = 1 if self.args.padding_free else self.args.per_device_train_batch_size
+        batch = 1 if isinstance(self.data_collator, FlatCollator) else self.args.per_device_train_batch_size
         return RowOrder(len(rows), self.args.data_seed, batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more
@@ -63,8 +100,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
         with torch.no_grad():
             for start in range(0, len(rows), size):
                 batch = self.data_collator([rows[at] for at in range(start, min(start + size, len(rows)))])
-                inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-                found = self.model(**inputs, use_cache=False)
+                inputs = {n: tensor.to(self.args.device) for n, tensor in batch.items() if n != "num_tokens"}
+                found = self.model(**inputs)
                 valid = found.num_valid_tokens.item()
                 if valid:
                     tokens += valid

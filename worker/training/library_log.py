@@ -29,13 +29,8 @@ DEVELOPER_NEWS = (
     ResourceWarning,
 )
 UNFOUNDED = (
-    # True of other attention code, not of what runs here: transformers builds the block-diagonal mask of a
-    # packed row from its position ids, and a test measures that documents don't see each other.
-    "Padding-free training is enabled, but the attention implementation",
     # They do differ, on purpose: the end of a turn is ChatML's.
     "The tokenizer has new PAD/BOS/EOS tokens",
-    # One packed row a micro-batch is what a small machine has memory for; packing has filled it already.
-    "You are using a per_device_train_batch_size of 1 with padding-free training",
     # A faster 4-bit product for CPUs: nothing here multiplies in 4 bits on a CPU.
     "Failed to load CPU gemm_4bit_forward",
 )

@@ -13,7 +13,7 @@ from shared.lifecycle import FailureCode, Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
 from worker.training.data import prepare_data
-from worker.training.engines.reference import load_model
+from worker.training.engines import engine_of
 from worker.training.exports.adapter import export_adapter, save_adapter
 from worker.training.exports.files import file_artifact
 from worker.training.exports.gguf import export_ggufs
@@ -71,7 +71,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
 
     sink.phase(Phase.LOADING_MODEL)
     fetch_weights(model)
-    trained = load_model(spec, plan, model)
+    trained = engine_of(plan).load_model(spec, plan, model)
     sink.log(Entry(message=describe(model, plan, trained)))
     control.check()
 

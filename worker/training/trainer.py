@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shared.events import Control, Entry, EventSink
 from shared.plan import Plan
 from shared.spec import JobSpec
+from worker.training.engines import engine_of
 
 if TYPE_CHECKING:
     from worker.training.data import PreparedData
@@ -48,7 +49,7 @@ def train(
     """Train the adapter of `model` in place.
 
     Args:
-        model: a `peft.PeftModel` on the plan's device.
+        model: a `peft.PeftModel` on the plan's device, as the plan's engine made it.
         data: rows of `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`; those held out
             are evaluated.
         output: where checkpoints go, as `checkpoint-STEP` folders.
@@ -58,10 +59,8 @@ def train(
         JobStopped: `control` said so, at the latest one layer of one micro-batch later.
     """
     import torch
-    import transformers
 
     from worker.training.callbacks import Evaluations, JobCallback, checkpoint_folder, stop_between_layers
-    from worker.training.job_trainer import JobTrainer
 
     steps = total_steps(spec, plan, len(data.train))
     training = spec.training
@@ -73,20 +72,12 @@ def train(
         logging_steps=training.logging_steps,
         evaluations=Evaluations(training.eval_steps, training.early_stopping_patience) if held_out else None,
     )
-    trainer = JobTrainer(
-        model=model,
-        args=sft_config(spec, plan, steps, output),
-        train_dataset=data.train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    # It prints each log line to stdout, which belongs to whoever runs the job.
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer = make_trainer(spec, plan, model, tokenizer, data, steps, output, [callback])
     _announce(spec, plan, model, steps, len(data.train), sink)
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    hooks = stop_between_layers(model, control)
+    # A GPU is through with a micro-batch before anybody grows impatient, and hooks break compiled layers.
+    hooks = stop_between_layers(model, control) if plan.device == "cpu" else []
     try:
         trainer.train()
     finally:
@@ -112,6 +103,37 @@ def train(
         best_step=best,
         used=_what_ran(plan, trainer, callback),
     )
+
+
+def make_trainer(
+    spec: JobSpec,
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    steps: int,
+    output: Path,
+    callbacks: list[Any],
+) -> Any:
+    """The `JobTrainer` with the batches and the loss of the plan's engine."""
+    import transformers
+
+    from worker.training.collate import FlatCollator, PaddedCollator
+    from worker.training.job_trainer import JobTrainer
+
+    trainer = JobTrainer(
+        model=model,
+        args=sft_config(spec, plan, steps, output),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        data_collator=(FlatCollator if spec.packing else PaddedCollator)(tokenizer.pad_token_id),
+        callbacks=callbacks,
+    )
+    # It prints each log line to stdout, which belongs to whoever runs the job.
+    trainer.remove_callback(transformers.PrinterCallback)
+    engine_of(plan).wire(trainer, spec, plan)
+    return trainer
 
 
 def total_steps(spec: JobSpec, plan: Plan, rows: int) -> int:
@@ -156,17 +178,17 @@ def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
         save_total_limit=training.save_total_limit,
         report_to="none",
         disable_tqdm=True,
-        bf16=plan.precision == "bf16",
+        # The compiled engine casts by itself, in its graphs.
+        bf16=plan.precision == "bf16" and plan.engine != "compiled",
         fp16=False,
         tf32=None,
         use_cpu=plan.device == "cpu",
-        gradient_checkpointing=plan.gradient_checkpointing != "none",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # Set up by the engine, layer by layer.
+        gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        # The rows are packed already. Padding-free makes position ids that start again with each document,
-        # and with them the attention mask that keeps the documents of a row apart.
+        # The rows are packed already, and the collator of `make_trainer` keeps their documents apart.
         packing=False,
-        padding_free=spec.packing,
+        padding_free=False,
         max_length=None,
         dataloader_num_workers=0,
         dataloader_pin_memory=plan.device == "cuda",
@@ -202,15 +224,16 @@ def _count_parameters(model: Any) -> tuple[int, int]:
 
 
 def _what_ran(plan: Plan, trainer: Any, callback: Any) -> dict[str, Any]:
+    from worker.training.collate import FlatCollator
+
     base = trainer.model.get_base_model()
     frozen = next(p for p in base.parameters() if not p.requires_grad)
     return {
         "engine": plan.engine,
         "device": str(frozen.device),
-        "attention": base.config._attn_implementation,
         "dtype": str(frozen.dtype).removeprefix("torch."),
-        "packing": trainer.data_collator.padding_free,
-        "gradient_checkpointing": "all" if base.is_gradient_checkpointing else "none",
+        "packing": isinstance(trainer.data_collator, FlatCollator),
+        **engine_of(plan).read_back(trainer),
         "peak_memory_bytes": peak_memory_bytes(plan),
         "tokens": callback.tokens,
         "tokens_per_second": callback.mean_tokens_per_second(),

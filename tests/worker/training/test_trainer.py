@@ -17,9 +17,8 @@ from shared.events import MemorySink
 from tests.worker.training.samples import Running, conversations, make_spec, plan_for, write_rows
 from worker.training.data import PreparedData, prepare_data
 from worker.training.engines.reference import load_model
-from worker.training.job_trainer import JobTrainer
 from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
-from worker.training.trainer import sft_config, total_steps
+from worker.training.trainer import make_trainer, sft_config, total_steps
 
 pytestmark = pytest.mark.train
 
@@ -40,12 +39,12 @@ def trainer_of(model: ResolvedModel, data: PreparedData, folder: Path) -> Any:
     plan = plan_for(spec)
     tokenizer = load_tokenizer(model)
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
-    return JobTrainer(
-        model=load_model(spec, plan, model),
-        args=sft_config(spec, plan, 4, folder),
-        train_dataset=data.train,
-        processing_class=tokenizer,
-    )
+    return make_trainer(spec, plan, load_model(spec, plan, model), tokenizer, data, 4, folder, [])
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids")}
 
 
 def test_a_packed_document_is_computed_as_if_it_were_alone(
@@ -57,7 +56,7 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(
     assert len(starts) > 5
     network = trainer.model.eval()
     with torch.no_grad():
-        together = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+        together = network(**inputs_of(batch), use_cache=False).logits[0]
         without_positions = network(input_ids=batch["input_ids"], use_cache=False).logits[0]
         difference, contaminated = [], []
         for start, end in itertools.pairwise(starts):
@@ -111,7 +110,7 @@ def test_a_loss_over_packed_rows_is_the_mean_over_trained_tokens(
     batch = next(iter(trainer.get_train_dataloader()))
     network = trainer.model.eval()
     with torch.no_grad():
-        logits = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+        logits = network(**inputs_of(batch), use_cache=False).logits
         expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
         loss = trainer.compute_loss(network, dict(batch))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,162 @@
+"""The compiled engine's parts on the CPU: LoRA, its dropout, float8 rounding, and a layer in one graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from worker.training.collate import FlatCollator
+from worker.training.engines import layers
+from worker.training.engines.adapters import decoder_layers
+from worker.training.engines.layers import draw_seeds, fuse_adapters, register_attention, seeded_dropout
+from worker.training.head_loss import learn_through_head
+
+pytestmark = pytest.mark.train
+
+ROW = {"input_ids": list(range(20, 50)), "labels": list(range(20, 50)), "seq_lengths": [12, 18]}
+
+
+def adapted(tiny_model: Path, dropout: float, attention: str = "sdpa") -> Any:
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=attention
+    )
+    torch.manual_seed(0)
+    modules = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=modules)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture
+def simple_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel's arithmetic for the CPU, which has no kernel of variable length."""
+
+    def attend(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, **__: Any) -> torch.Tensor:
+        document = torch.bucketize(torch.arange(q.shape[0]), ends[1:], right=True)
+        mask = (document[:, None] == document[None]).tril()
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.transpose(0, 1)
+
+    monkeypatch.setattr(layers.varlen, "varlen_attn", attend)
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_fused_lora_computes_what_peft_does(tiny_model: Path) -> None:
+    model = adapted(tiny_model, dropout=0.0)
+    fused = copy.deepcopy(model)
+    fuse_adapters(fused)
+    ids = torch.tensor([ROW["input_ids"]])
+    outputs = []
+    for each in (model, fused):
+        each.train()
+        out = each(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        outputs.append(out)
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-5, atol=1e-5)
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: p.grad for n, p in fused.named_parameters() if p.requires_grad}
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_zeroes_its_share_keeps_the_mean_and_follows_the_seed() -> None:
+    x = torch.ones(400, 500)
+    seeds = torch.tensor([3, 3, 4], dtype=torch.int32)
+    first, same, other = (seeded_dropout(x, seed, 0.05) for seed in seeds)
+    assert torch.equal(first, same)
+    assert (first == 0).float().mean().item() == pytest.approx(0.05, abs=0.002)
+    assert first.mean().item() == pytest.approx(1, abs=0.003)
+    # Masks of two seeds, of neighbouring rows and of neighbouring columns have nothing to do with each other.
+    for one, two in ((first, other), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        both = ((one == 0) & (two == 0)).float().mean().item()
+        assert both == pytest.approx(0.05**2, abs=0.0006)
+    assert seeded_dropout(x, seeds[0], 0.0) is x
+
+
+def test_each_micro_batch_draws_new_masks_and_evaluation_none(tiny_model: Path) -> None:
+    model = adapted(tiny_model, dropout=0.3)
+    fuse_adapters(model)
+    ids = torch.tensor([ROW["input_ids"]])
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    model.train()
+    draw_seeds(model)
+    first, same = logits(), logits()
+    draw_seeds(model)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, logits())
+    seeds = model.lora_seeds[:, 0].tolist()
+    assert len(set(seeds)) == len(seeds) > 4
+    model.eval()
+    draw_seeds(model)
+    assert model.lora_seeds[:, 0].tolist() == seeds
+
+
+# The tracer itself looks at the gradients of its inputs, and hides that warning unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_layer_is_one_graph_and_batches_of_any_documents_use_it(
+    tiny_model: Path, simple_attention: None
+) -> None:
+    register_attention("packed_varlen")
+    model = adapted(tiny_model, dropout=0.1, attention="packed_varlen")
+    plain = copy.deepcopy(model)
+    fuse_adapters(model)
+    base = model.get_base_model()
+    for layer in decoder_layers(base):
+        layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+
+    def arguments(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": 64}
+
+    learn_through_head(base, arguments)
+    collate = FlatCollator(0, pad_to=64, documents=8, boundaries=True)
+    batches = [collate([ROW]), collate([ROW | {"seq_lengths": [7, 3, 20]}]), collate([ROW, ROW])]
+    model.train()
+    torch._dynamo.utils.counters.clear()
+    for batch in batches:
+        batch.pop("num_tokens")
+        batch.pop("labels")
+        model(**batch).loss.backward()
+    # The first layer has a graph of its own: its input needs no gradient.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    model.eval()
+    plain.set_attn_implementation("sdpa")
+    plain.eval()
+    for batch in batches:
+        with torch.no_grad():
+            logits = plain(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            ).logits[0]
+            expected = torch.nn.functional.cross_entropy(logits[batch["kept"]], batch["targets"])
+            assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_float8_rows_keep_two_digits_whatever_their_scale() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(64, 128) * torch.logspace(-4, 3, 64)[:, None]
+    rounded, scale = layers._rows_to_float8(matrix)
+    assert rounded.dtype == torch.float8_e4m3fn
+    error = (rounded.float() * scale - matrix).norm(dim=1) / matrix.norm(dim=1)
+    assert error.max().item() < 0.04
+    zeros, _ = layers._rows_to_float8(torch.zeros(2, 16))
+    assert not zeros.float().any()

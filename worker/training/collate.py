@@ -1,0 +1,83 @@
+"""Batches of prepared rows: flat ones of packed documents, and padded ones of single documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class FlatCollator:
+    """Joins the documents of a micro-batch's rows into one sequence, as variable-length attention reads it.
+
+    Position ids start again with each document, whose first token is never predicted. `num_tokens` counts
+    real tokens.
+
+    Args:
+        pad_to: fill the sequence to this many tokens, with one more document that nothing is learnt from.
+        documents: fill `cu_seqlens` to this many documents, with empty ones. Both keep the shapes of all
+            batches alike for compiled code.
+        boundaries: also give `cu_seqlens` (int32, where each document begins, and the end), `kept` (int64,
+            the positions whose next token is learnt) and `targets` (int64, those tokens).
+    """
+
+    pad_token_id: int
+    pad_to: int | None = None
+    documents: int | None = None
+    boundaries: bool = False
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = [length for row in rows for length in row["seq_lengths"]]
+        ids = torch.cat([torch.tensor(row["input_ids"]) for row in rows])
+        labels = torch.cat([torch.tensor(row["labels"]) for row in rows])
+        real = len(ids)
+        if self.pad_to is not None and real < self.pad_to:
+            empty = self.pad_to - real
+            lengths.append(empty)
+            ids = torch.nn.functional.pad(ids, (0, empty), value=self.pad_token_id)
+            labels = torch.nn.functional.pad(labels, (0, empty), value=IGNORED)
+        ends = torch.tensor(lengths).cumsum(0)
+        starts = ends - torch.tensor(lengths)
+        labels[starts] = IGNORED
+        positions = torch.arange(len(ids)) - starts.repeat_interleave(torch.tensor(lengths))
+        batch = {
+            "input_ids": ids[None],
+            "labels": labels[None],
+            "position_ids": positions[None],
+            "num_tokens": torch.tensor(real),
+        }
+        if self.boundaries:
+            batch |= self._boundaries(ends, labels)
+        return batch
+
+    def _boundaries(self, ends: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        cu_seqlens = torch.nn.functional.pad(ends, (1, 0))
+        if self.documents is not None:
+            missing = self.documents + 1 - len(cu_seqlens)
+            cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, missing), value=int(ends[-1]))
+        kept = (labels[1:] != IGNORED).nonzero().flatten()
+        return {"cu_seqlens": cu_seqlens.int(), "kept": kept, "targets": labels[kept + 1]}
+
+
+@dataclass(frozen=True)
+class PaddedCollator:
+    """Pads single documents on the right to the longest of the micro-batch."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        lengths = torch.tensor([len(row) for row in ids])
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "num_tokens": lengths.sum(),
+        }

@@ -1,0 +1,91 @@
+"""The compiled engine: transformers and PEFT with every decoder layer compiled as one graph, for speed.
+
+What makes it fast: attention of variable length over the packed row, layers without a break in their graph,
+shapes that never change, LoRA whose dropout costs no memory, and a head that sees only the tokens that are
+learnt. With `precision: fp8` the frozen matrices are quantised once to float8, row by row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.plan import Plan
+from shared.spec import JobSpec
+from worker.training.collate import FlatCollator
+from worker.training.engines.adapters import add_adapter, checkpoint_layers, checkpointed, decoder_layers
+from worker.training.engines.reference import load_base
+from worker.training.models import ResolvedModel
+
+ATTENTION = "packed_varlen"
+# Documents of a batch are filled up to a multiple of this.
+DOCUMENTS = 32
+
+
+def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
+    """The base model in bfloat16 on the GPU with fresh adapters, its layers set up to be compiled.
+
+    Returns:
+        a `peft.PeftModel`.
+
+    Raises:
+        JobFailure: `model_unavailable`: weights that can't be read, or target modules that the model lacks.
+    """
+    import torch
+
+    from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention
+
+    register_attention(ATTENTION)
+    base = load_base(model, torch.bfloat16, device="cuda:0", attention=ATTENTION)
+    checkpoint_layers(base, plan)
+    adapted = add_adapter(spec, base)
+    fuse_adapters(adapted)
+    if plan.precision == "fp8":
+        quantize_rows(adapted)
+    for layer in decoder_layers(base):
+        # One graph a layer, or an error: a break would cost speed silently.
+        layer.compile(dynamic=False, fullgraph=True)
+    return adapted
+
+
+def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
+    """Give the trainer this engine's batches and loss."""
+    from worker.training.engines.layers import draw_seeds
+    from worker.training.head_loss import learn_through_head
+
+    most = _most_documents(trainer.train_dataset, plan.micro_batch) + 1
+    trainer.data_collator = FlatCollator(
+        trainer.processing_class.pad_token_id,
+        pad_to=plan.micro_batch * spec.max_seq_length,
+        documents=-(-most // DOCUMENTS) * DOCUMENTS,
+        boundaries=True,
+    )
+    model = trainer.model
+
+    def decoder_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+        draw_seeds(model)
+        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": spec.max_seq_length}
+
+    learn_through_head(model.get_base_model(), decoder_arguments)
+
+
+def read_back(trainer: Any) -> dict[str, Any]:
+    """What really ran, of this engine: `recompiled` counts graphs beyond the first of each kind."""
+    import torch._dynamo
+
+    from worker.training.engines.layers import frozen_dtype
+
+    base = trainer.model.get_base_model()
+    counters = torch._dynamo.utils.counters
+    return {
+        "attention": base.config._attn_implementation,
+        "gradient_checkpointing": checkpointed(base),
+        "matrices": frozen_dtype(trainer.model),
+        "graphs": int(counters["stats"]["unique_graphs"]),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def _most_documents(rows: Any, micro_batch: int) -> int:
+    """The most documents that any `micro_batch` rows can hold."""
+    counts = sorted((len(lengths) for lengths in rows["seq_lengths"]), reverse=True)
+    return sum(counts[:micro_batch])

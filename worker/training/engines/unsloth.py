@@ -1,0 +1,94 @@
+"""The Unsloth engine: the least memory. The one file that imports Unsloth, which `stack` has loaded first."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shared.plan import Plan
+from shared.spec import JobSpec
+from worker.training.collate import FlatCollator
+from worker.training.engines.adapters import check_target_modules, decoder_layers, start_adapter
+from worker.training.models import ResolvedModel, unavailable
+
+
+def import_stack() -> None:
+    """Import Unsloth, which must come before transformers and TRL, with its statistics off."""
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    import unsloth  # noqa: F401
+
+
+def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
+    """Unsloth's version of the model, in 4 bits or bfloat16, with fresh adapters.
+
+    Returns:
+        a `peft.PeftModel`.
+
+    Raises:
+        JobFailure: `model_unavailable`: weights that can't be read, or target modules that the model lacks.
+    """
+    import torch
+    from unsloth import FastLanguageModel
+
+    checkpointing: Any = False if plan.gradient_checkpointing == "none" else "unsloth"
+    try:
+        base, _ = FastLanguageModel.from_pretrained(
+            model_name=str(model.path),
+            max_seq_length=spec.max_seq_length,
+            dtype=torch.bfloat16,
+            load_in_4bit=plan.quantization == "4bit",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_gradient_checkpointing=checkpointing,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        unavailable(
+            f"Unsloth can't load the weights of {model.id}: {error}",
+            "Set engine to reference or compiled, or choose another model.",
+            error,
+        )
+    check_target_modules(spec, base)
+    adapted = FastLanguageModel.get_peft_model(
+        base,
+        r=spec.lora.r,
+        target_modules=list(spec.lora.target_modules),
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        bias="none",
+        use_rslora=spec.lora.use_rslora,
+        use_gradient_checkpointing=checkpointing,
+        random_state=spec.training.seed,
+        max_seq_length=spec.max_seq_length,
+    )
+    start_adapter(adapted, spec.training.seed)
+    return adapted
+
+
+def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:  # noqa: ARG001 - every engine's signature
+    """Give the trainer this engine's batches and loss; padded batches stay Unsloth's own."""
+    from worker.training.head_loss import learn_through_head
+
+    if not isinstance(trainer.data_collator, FlatCollator):
+        return
+    trainer.data_collator = FlatCollator(trainer.processing_class.pad_token_id, boundaries=True)
+
+    def decoder_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"packed_seq_lengths": batch["cu_seqlens"].diff().int()}
+
+    learn_through_head(trainer.model.get_base_model(), decoder_arguments)
+
+
+def read_back(trainer: Any) -> dict[str, Any]:
+    """What really ran, of this engine: `fused_layers` have Unsloth's own LoRA kernels."""
+    from unsloth.utils import attention_dispatch
+
+    base = trainer.model.get_base_model()
+    layers = decoder_layers(base)
+    fused = sum("lora" in getattr(layer.self_attn.apply_qkv, "__name__", "") for layer in layers)
+    return {
+        "attention": attention_dispatch.select_attention_backend(use_varlen=True),
+        "variable_length": attention_dispatch._TORCH_VARLEN_ATTN is not None,
+        "gradient_checkpointing": "all" if getattr(base.model, "gradient_checkpointing", False) else "none",
+        "layers": len(layers),
+        "fused_layers": fused,
+    }
