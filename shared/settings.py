@@ -16,6 +16,8 @@ from shared.errors import TuneyardError
 
 # A unix socket's address holds 107 bytes and a NUL.
 MAX_SOCKET_PATH = 107
+# Which engines' stacks are kept imported: that of the last job, none, or those named.
+STANDBY = r"^(auto|off|(reference|compiled|unsloth)(,(reference|compiled|unsloth)){0,2})$"
 
 
 class Settings(BaseSettings):
@@ -44,6 +46,9 @@ class Settings(BaseSettings):
     inline_inspect_bytes: Annotated[int, Field(ge=0)] = 4 << 20
 
     data_cache_bytes: Annotated[int, Field(ge=0)] = 50 << 30
+    compile_cache_bytes: Annotated[int, Field(ge=0)] = 10 << 30
+
+    standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 
     lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2

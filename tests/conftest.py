@@ -43,6 +43,7 @@ def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
         poll_seconds=0.2,
         stop_grace_seconds=2,
         retry_seconds=0.1,
+        standby="off",
     )
 
 

@@ -40,7 +40,7 @@ def client(tmp_path: Path, tiny_model: Path) -> Iterator[Client]:
     root = tmp_path / "models"
     root.mkdir()
     (root / "tiny").symlink_to(tiny_model)
-    served = Served(tmp_path / "data", TUNEYARD_MODELS_ROOT=str(root))
+    served = Served(tmp_path / "data", TUNEYARD_MODELS_ROOT=str(root), TUNEYARD_STANDBY="auto")
     url = served.ready()
     with Client(url, (served.folder / "local.key").read_text().strip()) as opened:
         yield opened

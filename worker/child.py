@@ -1,7 +1,8 @@
 """One attempt of one job, in a process of its own that its supervisor started: `python -m worker.child`.
 
-The order comes as one line of JSON on standard input, which then stays open: `cancel` or `stop` on it asks
-the job to end, and its end means that the supervisor is gone.
+The order comes as one line of JSON on standard input, which then stays open: `stop` on it asks the job to
+end, and its end means that the supervisor is gone. Started with an engine's name as its argument, the process
+imports that engine's stack at once and has it when the order comes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from sqlalchemy.exc import OperationalError
 
@@ -22,7 +27,7 @@ from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost
 from shared.events import Artifact, Control, Entry, EventSink
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
-from shared.plan import Plan
+from shared.plan import EngineName, Plan
 from shared.queue import Doorbell
 from shared.repository import files, leases
 from shared.settings import Settings
@@ -38,20 +43,43 @@ Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, Control], list[Artifact]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """An order and what it takes to carry it out; the sink keeps the lease alive."""
+
+    order: Order
+    settings: Settings
+    database: Database
+    store: Store
+    sink: DatabaseSink
+
+
 class ChildControl:
-    """Hears the supervisor: lines on standard input."""
+    """Hears the supervisor: the order, then requests, as lines on standard input."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        self._attempt: Future[Attempt] = Future()
 
     def start(self) -> None:
         threading.Thread(target=self._listen, name="control", daemon=True).start()
+
+    def attempt(self) -> Attempt:
+        """Waits for the order."""
+        return self._attempt.result()
 
     def check(self) -> None:
         if self._stop.is_set():
             raise JobStopped
 
     def _listen(self) -> None:
+        first = sys.stdin.readline()
+        if first:
+            # Here and not on the main thread, which may be importing: the lease wants to be renewed.
+            try:
+                self._attempt.set_result(_begin(Order(**json.loads(first))))
+            except Exception as error:  # noqa: BLE001 - the main thread raises it
+                self._attempt.set_exception(error)
         for line in sys.stdin:
             if line.strip() == "stop":
                 self._stop.set()
@@ -71,27 +99,22 @@ def train(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control:
     return run(spec, plan, workdir, sink, control)
 
 
-def main(pipeline: Pipeline) -> None:
+def warm_up(engine: EngineName) -> None:
+    """Import what the pipeline will need, before there is a job."""
+    from worker.training.stack import import_stack
+
+    import_stack(engine)
+
+
+def main(pipeline: Pipeline, warm_up: Callable[[EngineName], None]) -> None:
     """Run one attempt with this pipeline: read the order, renew the lease, end the job or give it back."""
-    order = Order(**json.loads(sys.stdin.readline()))
-    settings = Settings(**order.settings)
-    database = Database(settings.database())
-    store = Store(settings.artifacts())
-    doorbell = Doorbell(settings.redis())
-    sink = DatabaseSink(
-        database,
-        store,
-        doorbell,
-        order.job_id,
-        order.token,
-        settings.lease_seconds,
-        on_lost=end_process_group,
-    )
     control = ChildControl()
-    sink.start()
     control.start()
+    if len(sys.argv) > 1:
+        warm_up(cast("EngineName", sys.argv[1]))
+    attempt = control.attempt()
     try:
-        _attempt(pipeline, order, settings, database, store, sink, control)
+        _run(pipeline, attempt, control)
     except LeaseLost:
         logger.warning("Another attempt has the job: this one ends without a word.")
         end_process_group()
@@ -101,18 +124,31 @@ def main(pipeline: Pipeline) -> None:
     os._exit(0)
 
 
-def _attempt(
-    pipeline: Pipeline,
-    order: Order,
-    settings: Settings,
-    database: Database,
-    store: Store,
-    sink: DatabaseSink,
-    control: ChildControl,
-) -> None:
+def _begin(order: Order) -> Attempt:
+    # A process that was started before there was a job had another folder.
+    os.environ["TMPDIR"] = str(Path(order.workdir) / "tmp")
+    tempfile.tempdir = None
+    settings = Settings(**order.settings)
+    database = Database(settings.database())
+    store = Store(settings.artifacts())
+    sink = DatabaseSink(
+        database,
+        store,
+        Doorbell(settings.redis()),
+        order.job_id,
+        order.token,
+        settings.lease_seconds,
+        on_lost=end_process_group,
+    )
+    sink.start()
+    return Attempt(order, settings, database, store, sink)
+
+
+def _run(pipeline: Pipeline, attempt: Attempt, control: ChildControl) -> None:
+    order, settings, sink = attempt.order, attempt.settings, attempt.sink
     try:
-        spec, plan, keys = _read_job(order, settings, database)
-        workdir = _fetch_inputs(Path(order.workdir), settings, store, spec, keys)
+        spec, plan, keys = _read_job(order, settings, attempt.database)
+        workdir = _fetch_inputs(Path(order.workdir), settings, attempt.store, spec, keys)
         pipeline(spec, plan, workdir, sink, control)
     except JobStopped:
         sink.give_back("The worker was stopped.")
@@ -182,4 +218,4 @@ def _fetch_inputs(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    main(train)
+    main(train, warm_up)

@@ -9,12 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Order:
-    """Which job, under which lease, where to work. One line of JSON on the child's standard input."""
+    """Which job, under which lease, where to work. One line of JSON on the child's standard input.
+
+    `gpus` are the numbers, as nvidia-smi has them, of the GPUs that it may use; the process itself sees the
+    first of them alone.
+    """
 
     job_id: str
     token: str
     workdir: str
     settings: dict[str, Any]
+    gpus: tuple[int, ...] = ()
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
 
 from shared.clock import utcnow
 from shared.database import Database
 from shared.lifecycle import TERMINAL, JobStatus
+from shared.plan import Plan
 from shared.planner import Device
 from shared.queue import Doorbell
 from shared.repository import keys, leases
@@ -24,10 +26,13 @@ from worker.claims import claim_for
 from worker.doorbell import Listener
 from worker.launch import Child
 from worker.order import Order
+from worker.process import Process
 from worker.settle import keep_checkpoints, settle, time_out
-from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep
+from worker.standby import Standbys
+from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
 
 SEEN_SECONDS = 5.0
+BOUND_SECONDS = 3600.0
 # A process that dies sooner than this has hardly begun its job.
 QUICK_DEATH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 120.0
@@ -65,11 +70,14 @@ class Supervisor:
             slots=[slot.to_json() for slot in slots],
         )
         self._seen = self._swept = -SWEEP_SECONDS
+        self._bounded = -BOUND_SECONDS
         self._ticked_at = time.time()
         # Monotonic times before which nothing is recovered, or claimed.
         self._recover_after = self._claim_after = 0.0
         self._quick_deaths = 0
         self._work = settings.root / "work"
+        self._compile_cache = settings.root / "cache" / "compiled"
+        self._standbys = Standbys(settings.standby, slots, self._work, self._start_process)
 
     def run(self) -> None:
         """Claim and watch until asked to stop; then hand back what runs."""
@@ -102,8 +110,12 @@ class Supervisor:
         if now - self._swept >= SWEEP_SECONDS:
             sweep(self._database, self._work)
             self._swept = now
+        if now - self._bounded >= BOUND_SECONDS and not self._children:
+            bound(self._compile_cache, self._settings.compile_cache_bytes)
+            self._bounded = now
         if now >= self._claim_after:
             self._claim()
+        self._standbys.tend(self._free_slots())
 
     def _guarded_tick(self) -> None:
         """A tick that can't end the supervisor, and with it all jobs of this box."""
@@ -203,8 +215,7 @@ class Supervisor:
 
     def _claim(self) -> None:
         """Fill the free slots with the next jobs."""
-        busy = {child.device for child in self._children}
-        for device in [slot for slot in self._slots if slot not in busy]:
+        for device in self._free_slots():
             if self._stopping:
                 return
             claimed = claim_for(self._database, self._worker.id, self._settings.lease_seconds, device)
@@ -214,14 +225,23 @@ class Supervisor:
             if time.monotonic() < self._claim_after:
                 return
 
+    def _free_slots(self) -> list[Device]:
+        busy = {device for child in self._children for device in child.devices}
+        return [slot for slot in self._slots if slot not in busy]
+
+    def _start_process(self, folder: Path, device: Device, arguments: list[str]) -> Process:
+        return Process(self._child_module, arguments, folder, device, self._compile_cache, self._wake.set)
+
     def _start(self, job: Job, device: Device) -> None:
         token = str(job.lease_token)
         workdir = self._work / job.id / f"{job.attempt}-{token}"
-        order = Order(job.id, token, str(workdir), self._settings.model_dump(mode="json"))
+        gpus = (device.index,) if device.kind == "cuda" else ()
+        order = Order(job.id, token, str(workdir), self._settings.model_dump(mode="json"), gpus)
         self._doorbell.tell(job.id)
+        engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:
-            workdir.mkdir(parents=True, mode=0o700)
-            child = Child(self._child_module, order, device, self._wake.set)
+            process = self._standbys.take(engine, device, workdir)
+            child = Child(process or self._start_process(workdir, device, []), order, (device,))
         except OSError as error:
             # The disk is full or the machine is out of processes: not the job's fault, and no better at once.
             logger.error("Job %s could not be started: %s", job.id, error)
@@ -238,6 +258,7 @@ class Supervisor:
 
     def _hand_back_all(self) -> None:
         """Stop every child, give their jobs back and sign off."""
+        self._standbys.close()
         for child in self._children:
             child.ask_to_stop()
         deadline = time.monotonic() + self._settings.stop_grace_seconds

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import stat
 import threading
 import time
 from pathlib import Path
@@ -13,10 +16,15 @@ from shared.repository import leases
 from worker.settle import CHECKPOINTS
 
 SWEEP_SECONDS = 30.0
+# Folders of processes that wait for a job: this, the number of their supervisor, and their own.
+STANDBY_PREFIX = "standby-"
 
 
 def sweep(database: Database, work: Path) -> None:
-    """Remove the work folders of jobs that were deleted, and of attempts that nobody runs any more."""
+    """Remove the work folders of deleted jobs, and of attempts and standbys that nobody runs any more."""
+    for folder in work.glob(f"{STANDBY_PREFIX}*"):
+        if not _is_running(folder.name.removeprefix(STANDBY_PREFIX).partition("-")[0]):
+            remove_in_background(folder)
     folders = [f for f in work.iterdir() if f.is_dir() and JOB_ID.fullmatch(f.name)]
     with database.read() as session:
         holders = leases.holders(session, [f.name for f in folders])
@@ -30,6 +38,34 @@ def sweep(database: Database, work: Path) -> None:
             # A claim that is newer than what was read of it above has a new folder.
             if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
                 remove_in_background(attempt)
+
+
+def bound(cache: Path, limit: int) -> None:
+    """Remove the files used longest ago until at most `limit` bytes are left, and folders that are empty then."""
+    found = []
+    for file in cache.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            seen = file.lstat()
+            if not stat.S_ISDIR(seen.st_mode):
+                found.append((max(seen.st_atime, seen.st_mtime), file, seen.st_size))
+    total = sum(size for *_, size in found)
+    for _, file, size in sorted(found):
+        if total <= limit:
+            break
+        file.unlink(missing_ok=True)
+        total -= size
+        with contextlib.suppress(OSError):  # others are in it
+            file.parent.rmdir()
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return True
 
 
 def remove_in_background(folder: Path) -> None:

@@ -29,7 +29,8 @@ class Served:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
         if TEST_DATABASE:
             environment["TUNEYARD_DATABASE_URL"] = TEST_DATABASE
-        environment |= more
+        # What each of these would import at its start, and hardly any would use.
+        environment |= {"TUNEYARD_STANDBY": "off", **more}
         self.folder = folder
         self.errors = folder.parent / f"{folder.name}.err"
         with self.errors.open("w") as errors:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress
 from shared.lifecycle import Phase
-from shared.plan import Plan
+from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
 from tests.samples import size_and_hash
 from worker.child import main
@@ -79,5 +79,12 @@ def _train_until_stopped(sink: EventSink, control: Control, *, checks: bool) -> 
         time.sleep(0.02)
 
 
+def warm_up(engine: EngineName) -> None:
+    """Stands for the imports."""
+    # Sent through what the worker's own environment lets pass.
+    time.sleep(float(os.environ.get("TORCH_TEST_SLOW_IMPORT_SECONDS", "0")))
+    Path(os.environ["TMPDIR"], "warm").write_text(engine)
+
+
 if __name__ == "__main__":
-    main(pipeline)
+    main(pipeline, warm_up)

@@ -1,0 +1,33 @@
+"""Importing the training stack, before there is a job for it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from shared.plan import EngineName
+
+# In this order. What transformers and TRL load only when it is first used stands here by its full name.
+PLAIN = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl.trainer.sft_trainer",
+    "transformers.models.llama.modeling_llama",
+    "worker.training.pipeline",
+    "worker.training.job_trainer",
+    "worker.training.callbacks",
+)
+
+
+def import_stack(engine: EngineName) -> None:
+    """Import all that a job of this engine imports; takes seconds on a CPU box, up to a minute with Unsloth.
+
+    No memory of a GPU is taken. A process imports for one engine only: Unsloth changes transformers and TRL,
+    and has to be imported before both.
+    """
+    first = {"unsloth": ("unsloth",), "compiled": ("liger_kernel.transformers",), "reference": ()}[engine]
+    for name in (*first, *PLAIN):
+        importlib.import_module(name)
