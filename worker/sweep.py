@@ -41,7 +41,7 @@ def sweep(database: Database, work: Path) -> None:
 
 
 def bound(cache: Path, limit: int) -> None:
-    """Remove the files used longest ago until at most `limit` bytes are left, and folders that are empty then."""
+    """Remove the files used longest ago until at most `limit` bytes are left, and emptied folders."""
     found = []
     for file in cache.rglob("*"):
         with contextlib.suppress(FileNotFoundError):

@@ -28,6 +28,7 @@ from worker.training.models import (
     resolve_model,
     settle_tokenizer,
 )
+from worker.training.stack import import_stack
 from worker.training.trainer import train
 from worker.training.workdir import Workdir
 
@@ -51,6 +52,7 @@ def run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: C
 
 def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
     sink.phase(Phase.PREPARING_DATA)
+    import_stack(plan.engine)
     control.check()
     model = resolve_model(spec, workdir, control)
     check_length(spec, model)

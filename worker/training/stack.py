@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 from shared.plan import EngineName
 
@@ -19,7 +18,10 @@ PLAIN = (
     "worker.training.pipeline",
     "worker.training.job_trainer",
     "worker.training.callbacks",
+    "worker.training.engines.reference",
+    "worker.training.head_loss",
 )
+COMPILED = ("torch._inductor.compile_fx", "worker.training.engines.layers")
 
 
 def import_stack(engine: EngineName) -> None:
@@ -28,6 +30,9 @@ def import_stack(engine: EngineName) -> None:
     No memory of a GPU is taken. A process imports for one engine only: Unsloth changes transformers and TRL,
     and has to be imported before both.
     """
-    first = {"unsloth": ("unsloth",), "compiled": ("liger_kernel.transformers",), "reference": ()}[engine]
-    for name in (*first, *PLAIN):
+    if engine == "unsloth":
+        from worker.training.engines import unsloth
+
+        unsloth.import_stack()
+    for name in PLAIN + (COMPILED if engine == "compiled" else ()):
         importlib.import_module(name)
