@@ -27,6 +27,16 @@ def conversations(
     Raises:
         DatasetError: no rows, or no format that fits.
     """
+    found, every = with_format(rows, data_format)
+    return found, (parse_row(row, found, line, drop_unparsable) for line, row in every)
+
+
+def with_format(rows: Iterable[Row], data_format: str = "auto") -> tuple[str, Iterator[Row]]:
+    """The format, and every row.
+
+    Raises:
+        DatasetError: no rows, or no format that fits.
+    """
     iterator = iter(rows)
     first: list[Row] = []
     characters = 0
@@ -39,8 +49,14 @@ def conversations(
         raise DatasetError("The file holds no rows.")
     if data_format == "auto":
         data_format = detect_format([row for _, row in first])
-    parsed = (parse_row(row, data_format, line, drop_unparsable) for line, row in chain(first, iterator))
-    return data_format, parsed
+    return data_format, chain(_taken(first), iterator)
+
+
+def _taken(rows: list[Row]) -> Iterator[Row]:
+    """Each row, given up here as soon as it is taken."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def detect_format(first_rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from shared.data.chatml import TrainOn, render
 from shared.data.conversation import Conversation, Dropped
 from shared.data.formats import conversations, parse_row
 from shared.data.reader import Row, read_rows
-from shared.data.tally import Tally
+from shared.data.tally import Tally, counts_of
 from shared.errors import DatasetError
 
 QUANTILES = {"min": 0, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1}
@@ -74,7 +74,7 @@ def inspect_rows(
         if not trained:
             tally.drop(Dropped("nothing_to_train_on", usable.line))
             continue
-        tally.keep(usable)
+        tally.keep(counts_of(usable))
         trained_characters += trained
         length = sum(len(span.text) for span in spans)
         lengths[length] = lengths.get(length, 0) + 1

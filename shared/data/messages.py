@@ -29,6 +29,8 @@ ROLES: dict[str, Role] = {
 }
 # ShareGPT has a turn of its own for a call.
 CALL_ROLES = ("function_call", "tool_call")
+# Around reasoning that a row has in a place of its own.
+THINK = ("<think>", "</think>")
 _WRITTEN_CALL = re.compile(rf"{MARKER}\s*\{{")
 
 
@@ -174,7 +176,7 @@ def _text(content: Any, notes: list[str]) -> str:
 
 
 def _think(reasoning: str) -> str:
-    return f"<think>\n{reasoning}\n</think>\n\n"
+    return f"{THINK[0]}\n{reasoning}\n{THINK[1]}\n\n"
 
 
 def _tool_calls(message: dict[str, Any], notes: list[str]) -> list[Call | str]:

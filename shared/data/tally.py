@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.data.conversation import REASONS, Conversation, Dropped
 
 EXAMPLES = 5
+
+
+class Counts(NamedTuple):
+    """What of a kept row is counted."""
+
+    line: int
+    turns: int
+    tools: int
+    calls: int
+    notes: tuple[str, ...]
+
+
+def counts_of(conversation: Conversation) -> Counts:
+    return Counts(
+        conversation.line,
+        len(conversation.turns),
+        len(conversation.tools),
+        sum(len(turn.calls) for turn in conversation.turns),
+        conversation.notes,
+    )
 
 
 @dataclass
@@ -43,14 +63,14 @@ class Tally:
     def note(self, name: str, line: int, times: int = 1) -> None:
         self.notes.setdefault(name, Counted()).add(line, times)
 
-    def keep(self, conversation: Conversation) -> None:
+    def keep(self, row: Counts) -> None:
         self.used += 1
-        self.turns += len(conversation.turns)
-        self.tools += len(conversation.tools)
-        self.rows_with_tools += bool(conversation.tools)
-        self.calls += sum(len(turn.calls) for turn in conversation.turns)
-        for name, times in Counter(conversation.notes).items():
-            self.note(name, conversation.line, times)
+        self.turns += row.turns
+        self.tools += row.tools
+        self.rows_with_tools += bool(row.tools)
+        self.calls += row.calls
+        for name, times in Counter(row.notes).items():
+            self.note(name, row.line, times)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from shared.data.conversation import Conversation, Dropped
+from shared.data.conversation import Dropped
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally
 from shared.errors import DatasetError, JobFailure
 from shared.events import Control, Entry, EventSink
 from shared.lifecycle import FailureCode
 from shared.spec import DataFormat, Dataset, HubDataset, JobSpec
-from worker.training.collect import Collector, Take
+from worker.training.collect import Collector, Document, Take
 from worker.training.data_cache import DEFAULT_BYTES, cached, key_of
 from worker.training.data_report import packing_report, steps, token_report
 from worker.training.documents import Documents
 from worker.training.hub_data import hub_rows, resolved_revision
 from worker.training.packing import arranged, best_fit, in_batches
-from worker.training.templates import ModelTemplate, Template, chatml
-from worker.training.tokenize import Encoder, Tokens
+from worker.training.template_choice import template_for, warn_of_template
+from worker.training.templates import Template
+from worker.training.tokenize import Tokens
 
 if TYPE_CHECKING:
     import datasets
@@ -87,27 +88,31 @@ def prepare_data(
         JobFailure: `invalid_dataset` where nothing can be trained on.
         JobStopped: when asked to stop.
     """
-    import datasets
-
     limit = min(spec.max_seq_length, model_max_length or spec.max_seq_length)
     if limit < spec.max_seq_length:
         sink.log(
             Entry(f"The model takes {limit} tokens at most: max_seq_length is lowered to that.", "warning")
         )
     template = template_for(spec, tokenizer)
-    _warn_of_delimiters(template, spec, sink)
-    encoder = Encoder(tokenizer, template, limit if spec.overlong_rows == "cut" else None)
+    warn_of_template(template, spec, sink)
     source = _source(spec.dataset, dataset_file)
     held_out = _source(spec.validation_dataset, validation_file) if spec.validation_dataset else None
 
+    collector = Collector(
+        tokenizer=tokenizer,
+        template=template,
+        limit=limit,
+        cuts=spec.overlong_rows == "cut",
+        max_samples=spec.max_samples,
+        drop_unparsable=spec.unparsable_calls == "drop",
+        sink=sink,
+        control=control,
+    )
+
     def make(folder: Path) -> None:
-        rows = _rows(spec.dataset, dataset_file, source)
-        others = None
+        rows, others = _rows(spec.dataset, dataset_file, source), None
         if spec.validation_dataset and held_out:
             others = _rows(spec.validation_dataset, validation_file, held_out)
-        collector = Collector(
-            encoder, limit, spec.max_samples, spec.unparsable_calls == "drop", sink, control
-        )
         _prepare(spec, rows, others, collector, folder)
 
     root = cache or Path(tempfile.mkdtemp(prefix="tuneyard-data-"))
@@ -115,10 +120,7 @@ def prepare_data(
         folder, was_there = cached(
             root, _key(spec, source, held_out, tokenizer, template, limit), make, control, cache_bytes
         )
-        train = datasets.Dataset.from_file(str(folder / "train.arrow"))
-        evaluated = folder / "validation.arrow"
-        validation = datasets.Dataset.from_file(str(evaluated)) if evaluated.exists() else None
-        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        train, validation, found = _loaded(folder)
     except BaseException as error:
         if cache is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -141,6 +143,16 @@ def prepare_data(
         chat_template=template.source,
         stop_token=template.stop_token,
     )
+
+
+def _loaded(folder: Path) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
+    """The rows to train on, those held out, and what is told of them."""
+    import datasets
+
+    train = datasets.Dataset.from_file(str(folder / "train.arrow"))
+    evaluated = folder / "validation.arrow"
+    validation = datasets.Dataset.from_file(str(evaluated)) if evaluated.exists() else None
+    return train, validation, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def _hub(dataset: Dataset) -> HubDataset:
@@ -198,36 +210,6 @@ def _key(
     )
 
 
-def template_for(spec: JobSpec, tokenizer: Any) -> Template:
-    """The way of writing conversations out that the spec asks for.
-
-    Raises:
-        JobFailure: `model_unavailable`: the model's own template can't be used.
-    """
-    if spec.chat_template == "chatml":
-        return chatml(tokenizer, spec.train_on)
-    try:
-        return ModelTemplate(tokenizer, spec.train_on, spec.tool_call_style == "template")
-    except ValueError as error:
-        raise JobFailure(
-            FailureCode.MODEL_UNAVAILABLE,
-            f"The chat template of {spec.model} can't be used: {error}.",
-            "Set chat_template to chatml.",
-        ) from error
-
-
-def _warn_of_delimiters(template: Template, spec: JobSpec, sink: EventSink) -> None:
-    if template.escape:
-        follows = f", and {template.stop_token} follows each answer" if template.stop_token else ""
-        sink.log(
-            Entry(
-                f"<|im_start|> and <|im_end|> are no single tokens of {spec.model}: each is several{follows}."
-                ' If the model has a chat template of its own, "chat_template": "model" suits it better.',
-                "warning",
-            )
-        )
-
-
 def _prepare(
     spec: JobSpec,
     rows: Iterator[Row],
@@ -250,22 +232,22 @@ def _prepare(
         cuts = spec.overlong_rows == "cut"
         kept: tuple[set[int], set[int]] = (set(), set())
 
-        def hold_out(conversation: Conversation, document: Tokens) -> Dropped | None:
-            if cuts and not _is_new(document, kept[0]):
-                return Dropped("duplicate", conversation.line)
-            seen.update(_names(conversation, document))
-            validation.add(document)
+        def hold_out(document: Document) -> Dropped | None:
+            if cuts and not _is_new(document.tokens, kept[0]):
+                return Dropped("duplicate", document.counts.line)
+            seen.update(_names(document))
+            validation.add(document.tokens)
             return None
 
-        def take(conversation: Conversation, document: Tokens) -> Dropped | None:
-            if seen and seen.intersection(_names(conversation, document)):
-                return Dropped("in_validation", conversation.line)
-            if cuts and not _is_new(document, kept[1]):
-                return Dropped("duplicate", conversation.line)
+        def take(document: Document) -> Dropped | None:
+            if seen and seen.intersection(_names(document)):
+                return Dropped("in_validation", document.counts.line)
+            if cuts and not _is_new(document.tokens, kept[1]):
+                return Dropped("duplicate", document.counts.line)
             # Rows that only what was cut off told apart belong on the same side.
-            said = _hash(document.said) if cuts else conversation.said()
+            said = _hash(document.tokens.said) if cuts else document.said
             held_out = said < spec.validation_fraction * 2**64
-            (validation if held_out else train).add(document)
+            (validation if held_out else train).add(document.tokens)
             return None
 
         try:
@@ -310,14 +292,14 @@ def _write(spec: JobSpec, documents: Documents, path: Path, limit: int, control:
     return [int(lengths[row].sum()) for row in rows]
 
 
-def _names(conversation: Conversation, document: Tokens) -> tuple[int, int]:
+def _names(document: Document) -> tuple[int, int]:
     """By what it says and by its tokens: two rows that have either in common are the same text."""
-    return conversation.said(), _hash(document.said)
+    return document.said, _hash(document.tokens.said)
 
 
-def _is_new(document: Tokens, kept: set[int]) -> bool:
+def _is_new(tokens: Tokens, kept: set[int]) -> bool:
     """Whether no other document with these tokens and this mask is among the kept; adds it."""
-    name = _hash(document.ids, document.trained)
+    name = _hash(tokens.ids, tokens.trained)
     new = name not in kept
     kept.add(name)
     return new

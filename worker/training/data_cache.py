@@ -23,7 +23,8 @@ LOCK_POLL_SECONDS = 0.5
 STALE_SECONDS = 24 * 3600
 _CODE = ("shared/data", "worker/training")
 _CODE_FILES = (
-    "collect.py", "data*.py", "documents.py", "hub_data.py", "packing.py", "templates.py", "tokenize.py",
+    "collect.py", "data*.py", "documents.py", "encode.py", "hub_data.py", "packing.py", "template*.py",
+    "tokenize.py",
 )  # fmt: skip
 
 

@@ -22,8 +22,9 @@ from shared.data.reader import read_rows
 from shared.errors import DatasetError, JobFailure
 from shared.events import MemorySink
 from shared.spec import JobSpec
-from worker.training.data import prepare_data, template_for
+from worker.training.data import prepare_data
 from worker.training.models import load_tokenizer, resolve_model
+from worker.training.template_choice import template_for
 from worker.training.tokenize import Encoder, Tokens
 from worker.training.workdir import Workdir
 
@@ -85,8 +86,9 @@ def _conversation(
 
 
 def _as_json(row: Conversation | Dropped, tokenizer: Any, encoder: Encoder, limit: int) -> dict[str, Any]:
-    tokens = encoder.encode([row])[0] if isinstance(row, Conversation) else None
-    dropped = row.reason if isinstance(row, Dropped) else _reason(tokens, limit)
+    found = row.reason if isinstance(row, Dropped) else encoder.encode([row])[0]
+    tokens = found if isinstance(found, Tokens) else None
+    dropped = found if isinstance(found, str) else _reason(found, limit)
     return {
         "line": row.line,
         "dropped": dropped,
@@ -96,9 +98,7 @@ def _as_json(row: Conversation | Dropped, tokenizer: Any, encoder: Encoder, limi
     }
 
 
-def _reason(tokens: Tokens | None, limit: int) -> str | None:
-    if tokens is None:
-        return "not_rendered"
+def _reason(tokens: Tokens, limit: int) -> str | None:
     if not tokens.trained.any():
         return "nothing_to_train_on"
     return "too_long" if len(tokens.ids) > limit else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
@@ -23,9 +24,31 @@ from shared.data.chatml import (
 )
 from shared.data.conversation import Conversation, Turn
 from shared.data.glaive import find_functions
+from shared.data.messages import THINK
 
 # Characters for private use stand around a turn's number where its content will be.
 _MARK = re.compile("\ue000(\\d+)\ue001")
+_MARKUP = re.compile(r"<+/?[^<>\s]{1,60}>+|\[/?[A-Z_]{1,40}\]")
+_NOT_A_WORD = re.compile(r"[^\w\s]")
+
+
+_SYSTEM = {"role": "system", "content": "x"}
+_USER = {"role": "user", "content": "x"}
+_ANSWER = {"role": "assistant", "content": "x"}
+_TOLD = {"role": "tool", "name": "look_up", "content": "x"}
+_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"city": "Oslo"}}}],
+}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "find_out",
+        "description": "x",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 
 class Template(Protocol):
@@ -85,8 +108,6 @@ class ModelTemplate:
     itself) an answer is what a rendering up to it has beyond the one with the generation prompt.
     """
 
-    escape: tuple[str, ...] = ()
-
     def __init__(self, tokenizer: Any, train_on: TrainOn, own_calls: bool) -> None:
         """
         Args:
@@ -101,11 +122,11 @@ class ModelTemplate:
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._own_calls = own_calls
-        probe = self._marked([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], None)
+        probe = self._marked([_USER, _ANSWER], None)
         pieces = _MARK.split(probe or "")
         if len(pieces) != 5:
             raise ValueError("its chat template doesn't render a question and an answer")
-        self._end = pieces[-1].rstrip()
+        self._end, self._tail = self._ends(pieces[-1])
         if not self._end:
             raise ValueError("its chat template has no mark at the end of an answer")
         self._prompt = self._generation_prompt()
@@ -114,14 +135,18 @@ class ModelTemplate:
                 "its chat template doesn't write tools and calls; functioncall is the style for it"
             )
         self.stop_token: str | None = self._end if is_added(tokenizer, self._end) else tokenizer.eos_token
+        self.takes_system = self._apply([_SYSTEM, _USER], None) is not None
+        self.escape: tuple[str, ...] = self._delimiters()
 
     def spans(self, conversation: Conversation) -> list[Span] | None:
-        turns, messages, tools = self._messages(conversation)
+        turns, messages, tools = self._messages(
+            conversation if self.takes_system else _system_in_question(conversation)
+        )
         whole = self._apply(messages, tools)
         if whole is None:
             return None
         if any("tool_calls" in message for message in messages):
-            return self._by_prefixes(whole, messages, tools, turns)
+            return self._by_prefixes(whole, messages, tools, turns) or self._by_prompts(whole, turns)
         marked = self._marked(messages, tools)
         pieces = _MARK.split(marked or "")
         numbers = [int(number) for number in pieces[1::2]]
@@ -135,25 +160,61 @@ class ModelTemplate:
             filled[1::2] = contents
             if "".join(filled) == whole:
                 return self._by_marks(pieces[::2], numbers, contents, turns)
-        return self._by_prefixes(whole, messages, tools, turns)
+        return self._by_prefixes(whole, messages, tools, turns) or self._by_prompts(whole, turns)
+
+    def _ends(self, last: str) -> tuple[str, str]:
+        """What ends each answer, and what the template writes besides at the conversation's end.
+
+        Args:
+            last: what it writes after the last answer.
+        """
+        pieces = _MARK.split(self._marked([_USER, _ANSWER, _USER, _ANSWER], None) or "")
+        if len(pieces) != 9:
+            return last.rstrip(), ""
+        atoms = self._added("(?s:.)")
+        pairs = zip(atoms.findall(pieces[4]), atoms.findall(last), strict=False)
+        common = takewhile(lambda pair: pair[0] == pair[1], pairs)
+        end = "".join(atom for atom, _ in common).rstrip()
+        return (end, last.removeprefix(end).rstrip()) if end else (last.rstrip(), "")
+
+    def _added(self, other: str) -> re.Pattern[str]:
+        """Finds the tokenizer's added tokens, the longest first, and else what the pattern `other` says."""
+        added = sorted((t.content for t in self._tokenizer.added_tokens_decoder.values()), key=len)
+        return re.compile("|".join([*map(re.escape, reversed(added)), other]))
 
     def _generation_prompt(self) -> str:
-        question = [{"role": "user", "content": "x"}]
-        without = self._apply(question, None) or ""
-        prompted = self._apply(question, None, generation=True) or ""
+        without = self._apply([_USER], None) or ""
+        prompted = self._apply([_USER], None, generation=True) or ""
         return prompted.removeprefix(without) if prompted.startswith(without) else ""
 
     def _writes_calls(self) -> bool:
-        function = {"name": "look_up", "arguments": {"city": "Oslo"}}
-        tool = {"name": "find_out", "description": "x", "parameters": {"type": "object", "properties": {}}}
-        question = {"role": "user", "content": "x"}
-        call = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": function}],
-        }
-        text = self._apply([question, call], [{"type": "function", "function": tool}]) or ""
+        text = self._apply([_USER, _CALL], [_TOOL]) or ""
         return all(word in text for word in ("look_up", "Oslo", "find_out"))
+
+    def _delimiters(self) -> tuple[str, ...]:
+        """What parts turns without being tokens of their own, so that nobody may be let write it.
+
+        Found by trial: lines that the template writes between contents, where they are more than a word.
+        """
+        parted = self._added("\n")
+        found: set[str] = set()
+        turns = [_USER, _ANSWER, _USER, _ANSWER]
+        for messages in (turns, [_SYSTEM, *turns], [_USER, _ANSWER, _TOLD, _ANSWER]):
+            scaffold = _MARK.split(self._marked(messages, None) or "")[::2]
+            if len(scaffold) != len(messages) + 1:
+                continue
+            # Before the first content there may be a preamble, which is no delimiter.
+            found.update(_MARKUP.findall(scaffold[0]))
+            for line in (line.strip() for text in scaffold[1:] for line in parted.split(text)):
+                found.update(_MARKUP.findall(line) or [line])
+        if self._own_calls:
+            written = _MARK.split(self._marked([_USER, _CALL, _TOLD, _ANSWER], [_TOOL]) or "")
+            found.update(word for text in written[2::2] for word in _MARKUP.findall(text))
+        # Reasoning stands in answers' own text.
+        found.difference_update(THINK)
+        return tuple(
+            sorted(w for w in found if len(w) > 2 and _NOT_A_WORD.search(w) and not parted.search(w))
+        )
 
     def _by_marks(
         self, scaffold: list[str], numbers: list[int], contents: list[str], turns: list[Turn]
@@ -184,9 +245,8 @@ class ModelTemplate:
     def _by_prefixes(
         self, whole: str, messages: list[dict[str, Any]], tools: Any, turns: list[Turn]
     ) -> list[Span] | None:
-        # Contents and delimiters can't be told apart here, so nobody may have written a delimiter.
-        special = self._tokenizer.all_special_tokens
-        if any(token in turn.content for turn in turns for token in (*special, self._end)):
+        # Contents and delimiters can't be told apart here, so nobody may have written an end of turn.
+        if any(self._end in turn.content for turn in turns):
             return None
         weighed = [self._train_on == "all" and turn.trained is not False for turn in turns]
         spans: list[Span] = []
@@ -198,7 +258,7 @@ class ModelTemplate:
             before = self._before(messages[:number], tools, upto or "")
             if before is None or upto is None or not upto.startswith(before):
                 return None
-            upto = upto.rstrip()
+            upto = upto.rstrip().removesuffix(self._tail).rstrip()
             if not upto.endswith(self._end) or not whole.startswith(upto) or len(before) < at:
                 return None
             trained = turn.trained if turn.trained is not None else True
@@ -209,6 +269,28 @@ class ModelTemplate:
             spans.append(Span(whole[len(before) : len(upto)], trained, True, ends_turn=True))
             at, told = len(upto), number + 1
         return [*spans, Span(whole[at:], all(weighed[told:] or weighed[-1:]), True)]
+
+    def _by_prompts(self, whole: str, turns: list[Turn]) -> list[Span] | None:
+        """Where a template changes earlier answers, as those do that leave old reasoning out.
+
+        Then no rendering up to an answer is the beginning of the whole, but a header that nobody can write
+        still shows where each answer begins.
+        """
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        header, *pieces = whole.split(self._prompt) if self._prompt.strip() else [whole]
+        written = any(self._prompt.strip() in turn.content for turn in turns)
+        if self._train_on == "all" or written or len(pieces) != len(answers):
+            return None
+        spans = [Span(header, False, True)]
+        for turn, piece in zip(answers, pieces, strict=True):
+            said, end, after = piece.partition(self._end)
+            if not end:
+                return None
+            trained = turn.trained if turn.trained is not None else bool(turn.content.strip())
+            spans.append(Span(self._prompt, False, True))
+            spans.append(Span(said + end, trained, True, ends_turn=True))
+            spans.append(Span(after, False, True))
+        return spans
 
     def _before(self, messages: list[dict[str, Any]], tools: Any, upto: str) -> str | None:
         """What stands before an answer: the messages before it and its header."""
@@ -256,6 +338,16 @@ class ModelTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             return None
         return str(text)
+
+
+def _system_in_question(conversation: Conversation) -> Conversation:
+    """With the system turn's text before the first question, if that comes next."""
+    first, *others = conversation.turns
+    if first.role != "system" or not others or others[0].role != "user":
+        return conversation
+    trained = others[0].trained if others[0].trained is not None else first.trained
+    question = replace(others[0], content=f"{first.content}\n\n{others[0].content}", trained=trained)
+    return replace(conversation, turns=(question, *others[1:]))
 
 
 def without_tools(system: str) -> str:

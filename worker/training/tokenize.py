@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from shared.data.chatml import END, START, Span
-from shared.data.conversation import Conversation
+from shared.data.conversation import Call, Conversation
 from worker.training.templates import Template, adds_bos
 
 # Some tokenizers mark their tokens for single bytes as special; ordinary text gives those too.
@@ -29,6 +29,10 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 CUT = "cut_at_a_turns_end"
 ESCAPED = "delimiter_escaped"
 DELIMITER_IN_TEXT = "delimiter_in_text"
+# A text of fewer characters is tokenised to know its length, which takes some hundred bytes a token.
+ALWAYS_TOKENISED = 2**16
+
+Refusal = Literal["not_rendered", "too_long"]
 
 
 @dataclass(frozen=True)
@@ -51,53 +55,71 @@ class Tokens:
 class Encoder:
     """Tokenises conversations for one model."""
 
-    def __init__(self, tokenizer: Any, template: Template, limit: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: Template, limit: int | None = None, cuts: bool = False
+    ) -> None:
         """
         Args:
             tokenizer: a fast tokenizer of transformers.
-            limit: the most tokens of one document; longer ones are cut at a turn's end, or left for the
-                caller to drop where None or where no turn that is trained ends in time.
+            limit: the most tokens of one document, if there is a limit.
+            cuts: longer ones are cut at a turn's end, where one that is trained ends in time; else they are
+                left for the caller to drop, but for those so long that they needn't be tokenised to know.
         """
         backend: Tokenizer = tokenizer.backend_tokenizer
         self._template = template
         self._limit = limit
+        self._cuts = cuts
+        longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        self._most = None if limit is None else max(limit * longest, ALWAYS_TOKENISED)
         self._bos: str = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self._text_end: str = template.stop_token or tokenizer.eos_token or ""
         self._copy, self._names, self._original = _secret_copy(backend)
-        self._special = re.compile(
-            "|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or r"\Z"
-        )
+        self._special = _any_of(tuple(self._names))
+        self._escape = _any_of(template.escape)
+        # Stands for a special token's words that somebody wrote, while a template is at work on them.
+        self._words = [text for text in self._names if not _BYTE.fullmatch(text)]
+        self._typed = _any_of(tuple(self._words))
+        secret = secrets.token_hex(4)
+        self._marks = {text: f"\ue002{secret}-{number}\ue003" for number, text in enumerate(self._words)}
+        self._mark = re.compile(f"\ue002{secret}-(\\d+)\ue003")
         unknown = tokenizer.unk_token_id
         # Ids that may come only from a secret name. An unknown character gives the unknown token honestly.
         self._control = np.zeros(len(self._original), dtype=bool)
-        controls = [backend.token_to_id(text) for text in self._names if not _BYTE.fullmatch(text)]
+        controls = [backend.token_to_id(text) for text in self._words]
         self._control[[number for number in controls if number not in (None, unknown)]] = True
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Tokens | None]:
-        """Each conversation as one document; None for one that the template can't render faithfully."""
+    def encode(self, conversations: Sequence[Conversation]) -> list[Tokens | Refusal]:
+        """Each conversation as one document, or why not.
+
+        `not_rendered`: the template can't render it faithfully. `too_long`: far over the limit.
+        """
         laid_out = [self._laid_out(conversation) for conversation in conversations]
-        texts = [found.text for found in laid_out if found is not None]
+        texts = [found.text for found in laid_out if isinstance(found, _Text)]
         encodings = iter(self._copy.encode_batch(texts, add_special_tokens=False))
         return [
-            None if found is None else self._tokens(conversation, found, next(encodings))
+            self._tokens(conversation, found, next(encodings)) if isinstance(found, _Text) else found
             for conversation, found in zip(conversations, laid_out, strict=True)
         ]
 
-    def _laid_out(self, conversation: Conversation) -> _Text | None:
+    def _laid_out(self, conversation: Conversation) -> _Text | Refusal:
         notes: tuple[str, ...] = ()
-        if any("<|im_" in turn.content for turn in conversation.turns):
-            notes = (DELIMITER_IN_TEXT,)
-            if self._template.escape:
-                conversation, notes = _escaped(conversation, self._template.escape), (ESCAPED,)
+        if any(self._escape.search(turn.content) for turn in conversation.turns):
+            conversation, notes = _escaped(conversation, self._template.escape), (ESCAPED,)
+        typed = any(self._typed.search(turn.content) for turn in conversation.turns)
+        if typed:
+            notes = notes or (DELIMITER_IN_TEXT,)
+            conversation = _changed(conversation, self._hidden)
         spans = self._plain(conversation) if conversation.plain else self._template.spans(conversation)
         if spans is None:
-            return None
+            return "not_rendered"
         pieces: list[str] = []
         ranges: list[tuple[int, int]] = []
         ends: list[int] = []
         position = 0
         for span in spans:
             piece = self._named(span.text) if span.control else span.text
+            if typed:
+                piece = self._mark.sub(lambda match: self._words[int(match[1])], piece)
             pieces.append(piece)
             start, position = position, position + len(piece)
             if span.trained:
@@ -108,7 +130,22 @@ class Encoder:
                 ends.append(position)
         text = "".join(pieces)
         # Calls and tools that the template writes may hold what no turn's text does.
-        return None if _SURROGATE.search(text) else _Text(text, ranges, ends, notes)
+        if _SURROGATE.search(text):
+            return "not_rendered"
+        return self._bounded(_Text(text, ranges, ends, notes))
+
+    def _bounded(self, text: _Text) -> _Text | Refusal:
+        """The text, without the turns that are certainly over the limit if it may be cut."""
+        if self._most is None or len(text.text) <= self._most:
+            return text
+        ends = [end for end in text.ends if end <= (self._most or 0)]
+        if not self._cuts or not ends:
+            return "too_long"
+        ranges = [(start, min(end, ends[-1])) for start, end in text.ranges if start < ends[-1]]
+        return _Text(text.text[: ends[-1]], ranges, ends, text.notes, cut=True)
+
+    def _hidden(self, text: str) -> str:
+        return self._typed.sub(lambda match: self._marks[match[0]], text)
 
     def _plain(self, conversation: Conversation) -> list[Span]:
         """A text as it is, all of it trained, between BOS and the end that generation stops at."""
@@ -119,14 +156,14 @@ class Encoder:
         name = self._names.get(text)
         return name or self._special.sub(lambda match: self._names[match[0]], text)
 
-    def _tokens(self, conversation: Conversation, text: _Text, encoding: Encoding) -> Tokens | None:
+    def _tokens(self, conversation: Conversation, text: _Text, encoding: Encoding) -> Tokens | Refusal:
         ids = np.asarray(encoding.ids, dtype=np.int32)
         notes = text.notes
         if self._control[ids].any():
             # A vocabulary that makes a control token of ordinary text: break the words up.
             broken_up = self._laid_out(_escaped(conversation, tuple(self._names)))
-            if broken_up is None:
-                return None
+            if not isinstance(broken_up, _Text):
+                return broken_up
             text, notes = broken_up, (ESCAPED,)
             encoding = self._copy.encode(text.text, add_special_tokens=False)
             ids = np.asarray(encoding.ids, dtype=np.int32)
@@ -135,13 +172,12 @@ class Encoder:
             trained[_first_token(encoding, start) : _first_token(encoding, end)] = True
         trained[:1] = False
         keep = len(ids)
-        if self._limit is not None and keep > self._limit:
+        if self._cuts and self._limit is not None and (text.cut or keep > self._limit):
             borders = (_border(encoding, end) for end in text.ends)
-            keep = max((border for border in borders if border <= self._limit), default=0)
-            if trained[:keep].any():
-                notes = (*notes, CUT)
-            else:
-                keep = len(ids)
+            keep = max((border for border in borders if border <= (self._limit or 0)), default=0)
+            if not trained[:keep].any():
+                return "too_long"
+            notes = (*notes, CUT)
         end = _border(encoding, text.ends[-1]) if text.ends and keep == len(ids) else keep
         found = self._original[ids[:keep]]
         said = found[:end] if end and not trained[end:keep].any() else found
@@ -155,6 +191,12 @@ class _Text(NamedTuple):
     ranges: list[tuple[int, int]]
     ends: list[int]
     notes: tuple[str, ...]
+    cut: bool = False
+
+
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds any of the words, the longest first; nothing without words."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 def _secret_copy(backend: Tokenizer) -> tuple[Tokenizer, dict[str, str], npt.NDArray[np.int32]]:
@@ -186,13 +228,39 @@ def _secret_copy(backend: Tokenizer) -> tuple[Tokenizer, dict[str, str], npt.NDA
 
 def _escaped(conversation: Conversation, words: tuple[str, ...]) -> Conversation:
     """With a space after the first character of each of these words, wherever somebody wrote one."""
-    turns = []
-    for turn in conversation.turns:
-        content = turn.content
-        for word in words:
-            content = content.replace(word, f"{word[:1]} {word[1:]}")
-        turns.append(replace(turn, content=content))
-    return replace(conversation, turns=tuple(turns))
+    pattern = _any_of(words)
+    return _changed(
+        conversation, lambda text: pattern.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
+    )
+
+
+def _changed(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
+    """With every text changed: contents, calls and tools."""
+    turns = tuple(
+        replace(
+            turn,
+            content=change(turn.content),
+            prose=change(turn.prose),
+            calls=tuple(Call(change(call.name), _within(call.arguments, change)) for call in turn.calls),
+        )
+        for turn in conversation.turns
+    )
+    tools = tuple(
+        {change(key): _within(value, change) for key, value in t.items()} for t in conversation.tools
+    )
+    return replace(conversation, turns=turns, tools=tools)
+
+
+def _within(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed."""
+    match value:
+        case str():
+            return change(value)
+        case list():
+            return [_within(inner, change) for inner in value]
+        case dict():
+            return {_within(key, change): _within(inner, change) for key, inner in value.items()}
+    return value
 
 
 def _first_token(encoding: Encoding, position: int) -> int:

@@ -19,9 +19,7 @@ from shared.events import MemorySink
 from shared.lifecycle import FailureCode
 from shared.spec import JobSpec
 from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
-from worker.training import collect
 from worker.training.data import PreparedData, prepare_data
-from worker.training.tokenize import Encoder
 
 
 def prepare(
@@ -188,22 +186,6 @@ def test_white_space_in_a_text_tells_rows_apart(tmp_path: Path) -> None:
     assert keys[0] == keys[2] == keys[3]
     prepared = prepare(tmp_path, [chat_row("q", answer) for answer in answers[:3]])
     assert prepared.report["dropped"]["duplicate"]["lines"] == [3]
-
-
-def test_wide_rows_make_short_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "BATCH_CHARACTERS", 100)
-    sizes = []
-    encode = Encoder.encode
-
-    def spy(encoder: Encoder, rows: Any) -> Any:
-        sizes.append(len(rows))
-        return encode(encoder, rows)
-
-    monkeypatch.setattr(Encoder, "encode", spy)
-    rows = [chat_row(f"q{number}", "word " * 10) for number in range(7)]
-    assert prepare(tmp_path, rows).report["rows_used"] == 7
-    assert sum(sizes) == 7
-    assert max(sizes) == 2
 
 
 def test_the_steps_are_the_trainers(tmp_path: Path) -> None:

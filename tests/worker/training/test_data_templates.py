@@ -19,7 +19,7 @@ from shared.spec import JobSpec
 from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
 from worker.training.data import prepare_data
 from worker.training.templates import ModelTemplate, without_tools
-from worker.training.tokenize import Encoder
+from worker.training.tokenize import Encoder, Tokens
 
 # The shapes that models' templates have: what is kept, stripped, moved or refused differs.
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -82,7 +82,7 @@ def test_ids_are_the_templates_and_answers_are_trained(name: str) -> None:
     template = ModelTemplate(model, "assistant", own_calls=False)
     assert (template.source, template.stop_token) == (TEMPLATES[name], "<|im_end|>")
     (tokens,) = Encoder(model, template).encode([conversation(CHAT)])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in CHAT]
     assert tokens.ids.tolist() == model.apply_chat_template(plain, tokenize=True, return_dict=False)
     first = "two" if name == "strips" else " two\n"
@@ -101,7 +101,7 @@ def test_calls_and_tools_are_the_templates_own() -> None:
     ]
     template = ModelTemplate(model, "assistant", own_calls=True)
     (tokens,) = Encoder(model, template).encode([conversation(chat, tools=[TOOL])])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     assert tokens.ids.tolist() == model.apply_chat_template(
         chat, tools=[TOOL], tokenize=True, return_dict=False
     )
@@ -113,7 +113,7 @@ def test_calls_and_tools_are_the_templates_own() -> None:
     # The same row with calls as text: neither the template's calls nor its list of tools.
     as_text = Encoder(model, ModelTemplate(model, "assistant", own_calls=False))
     (tokens,) = as_text.encode([conversation(chat, tools=[TOOL])])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     text = model.decode(tokens.ids.tolist())
     assert "<functioncall>" in text
     assert "<call>" not in text
@@ -126,7 +126,7 @@ def test_a_system_turn_of_tools_alone_goes_into_the_templates_list() -> None:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     encoder = Encoder(model, ModelTemplate(model, "assistant", own_calls=True))
     (tokens,) = encoder.encode([conversation(chat, tools=[TOOL])])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     assert tokens.ids.tolist() == model.apply_chat_template(
         chat, tools=[TOOL], tokenize=True, return_dict=False
     )
@@ -140,7 +140,7 @@ def test_a_template_that_loses_calls_is_refused() -> None:
 def test_everything_but_weight_zero_is_trained_if_asked() -> None:
     model = model_with(TEMPLATES["keeps"])
     (tokens,) = Encoder(model, ModelTemplate(model, "all", own_calls=False)).encode([conversation(CHAT)])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     left_out = model.decode(tokens.ids[~tokens.trained].tolist())
     assert left_out == "<|im_start|>\n<|im_start|>assistant\nfour<|im_end|>"
 
@@ -157,7 +157,7 @@ def test_everything_of_a_call_row_but_weight_zero_is_trained_if_asked() -> None:
         {"role": "assistant", "content": "five"},
     ]
     (tokens,) = Encoder(model, ModelTemplate(model, "all", own_calls=True)).encode([conversation(chat)])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     left_out = model.decode(tokens.ids[~tokens.trained].tolist())
     assert left_out == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nthree<|im_end|>"
 
@@ -173,7 +173,7 @@ def test_the_header_of_a_call_that_comes_first_is_not_trained(tools: list[dict[s
     ]
     encoder = Encoder(model, ModelTemplate(model, "assistant", own_calls=True))
     (tokens,) = encoder.encode([conversation(chat, tools=tools)])
-    assert tokens is not None
+    assert isinstance(tokens, Tokens)
     trained = model.decode(tokens.ids[tokens.trained].tolist())
     assert trained == f"I'll look.<call>{json.dumps(call['function'])}</call><|im_end|>a<|im_end|>"
 
@@ -186,7 +186,7 @@ def test_tools_that_can_not_be_text_drop_the_row() -> None:
         deep = {"a": deep}
     turns = conversation(chat_row("q", "a")["messages"]).turns
     rows = [Conversation(turns, ({"name": "f", "description": bad},), 1) for bad in ("\ud800", deep)]
-    assert encoder.encode(rows) == [None, None]
+    assert encoder.encode(rows) == ["not_rendered", "not_rendered"]
 
 
 def test_typed_delimiters_stay_words() -> None:
@@ -200,8 +200,8 @@ def test_typed_delimiters_stay_words() -> None:
                 conversation(chat_row(words, f"{words} y")["messages"]),
             ]
         )
-        assert honest is not None
-        assert typed is not None
+        assert isinstance(honest, Tokens)
+        assert isinstance(typed, Tokens)
         for token in model.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]):
             assert typed.ids.tolist().count(token) == honest.ids.tolist().count(token)
 

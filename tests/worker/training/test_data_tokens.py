@@ -140,8 +140,13 @@ def test_a_vocabulary_that_would_make_a_control_token_of_words() -> None:
     assert typed.ids.tolist().count(1) == honest.ids.tolist().count(1)
 
 
+@pytest.mark.parametrize("always", [0, 10_000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_conversation_is_cut_at_a_turns_end(kind: str) -> None:
+def test_a_long_conversation_is_cut_at_a_turns_end(
+    kind: str, always: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both ways: what is certainly over the limit is cut off before it is tokenised, or after.
+    monkeypatch.setattr("worker.training.tokenize.ALWAYS_TOKENISED", always)
     model = tokenizer(kind)
     found = conversation(
         ("user", "word"),
@@ -153,9 +158,12 @@ def test_a_long_conversation_is_cut_at_a_turns_end(kind: str) -> None:
     (whole,) = Encoder(model, chatml(model, "assistant")).encode([found])
     cuts = set()
     for limit in range(1, len(whole.ids) + 1):
-        (tokens,) = Encoder(model, chatml(model, "assistant"), limit).encode([found])
+        (tokens,) = Encoder(model, chatml(model, "assistant"), limit, cuts=True).encode([found])
+        if tokens == "too_long":
+            # No turn that is trained ends in time.
+            assert not cuts
+            continue
         if not tokens.notes:
-            # Whole, for it fits, or for the caller to drop: no trained turn ends in time.
             assert len(tokens.ids) == len(whole.ids)
             continue
         assert tokens.notes == (CUT,)
