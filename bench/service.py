@@ -247,8 +247,8 @@ def measure_followers(running: Running, seconds: float) -> Table:
 
 
 def _cancel_queued(session: Any) -> None:
-    while leases.claim_next(session, "bench", new_token(), utcnow() + timedelta(hours=1)) is not None:
-        session.flush()
+    for job in leases.queue(session, 1_000_000):
+        leases.claim(session, job.id, "bench", new_token(), utcnow() + timedelta(hours=1))
 
 
 async def follow(
@@ -286,9 +286,8 @@ def emit(root: str, job_id: str, seconds: float) -> None:
     doorbell = Doorbell(settings.redis())
     token = new_token()
     with database.write() as session:
-        job = leases.claim_next(session, "bench", token, utcnow() + timedelta(seconds=30))
-        if job is None or job.id != job_id:
-            raise RuntimeError("the emitter got another job")
+        if leases.claim(session, job_id, "bench", token, utcnow() + timedelta(seconds=30)) is None:
+            raise RuntimeError("somebody else has the emitter's job")
     sink = DatabaseSink(database, Store(settings.artifacts()), doorbell, job_id, token, 30, on_lost=sys.exit)
     sink.start()
     started = time.monotonic()

@@ -50,6 +50,8 @@ class Settings(BaseSettings):
 
     standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 
+    busy_gpu_wait_seconds: Annotated[float, Field(ge=0)] = 3600
+
     lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5

@@ -1,51 +1,175 @@
-"""Taking the next job for a free slot."""
+"""Which of the waiting jobs this box takes next, and onto which of its free slots."""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from pydantic import ValidationError
 
 from shared.clock import utcnow
 from shared.database import Database, Session
+from shared.errors import Unavailable
 from shared.events import Entry
 from shared.ids import new_token
 from shared.lifecycle import FailureCode, JobStatus
+from shared.plan import Plan
 from shared.planner import Device, make_plan
-from shared.repository import leases, logs
+from shared.repository import keys, leases, logs
 from shared.repository.jobs import set_status
+from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import Job
+from worker.gpus import measure_free
+
+# Jobs looked at in one go; more than this many that fit nowhere hold up those behind them.
+LOOK_AT = 500
 
 logger = logging.getLogger(__name__)
 
 
-def claim_for(database: Database, worker: str, lease_seconds: float, device: Device) -> Job | None:
-    """The next job that this worker can read, under a new lease and with its plan; None if none waits."""
-    while True:
-        expires_at = utcnow() + timedelta(seconds=lease_seconds)
-        with database.write() as session:
-            job = leases.claim_next(session, worker, new_token(), expires_at)
-            if job is None:
-                return None
+@dataclass(frozen=True)
+class Match:
+    """A job's place: these slots, under this plan."""
+
+    devices: tuple[Device, ...]
+    plan: Plan
+
+
+class Claims:
+    """Claims jobs in the queue's order for the slots that they fit.
+
+    A GPU counts with the memory that is free on it now, whoever has the rest. A job that fits none of this
+    box's slots is left to other workers, and one whose GPU somebody outside uses waits; neither holds up
+    those behind it. A job that asks for more GPUs than are free keeps the free ones for itself.
+    """
+
+    def __init__(self, settings: Settings, database: Database, worker: str, slots: Sequence[Device]) -> None:
+        self._settings = settings
+        self._database = database
+        self._worker = worker
+        self._slots = slots
+        # Since when (monotonic) a job is known to find no place here.
+        self._waits: dict[str, float] = {}
+
+    def fill(self, free: Sequence[Device]) -> Iterator[tuple[Job, tuple[Device, ...]]]:
+        """Claim what the free slots can take; each job comes under its lease, with its plan."""
+        left = {slot.index: slot for slot in free}
+        if not left:
+            return
+        with self._database.read() as session:
+            waiting = leases.queue(session, LOOK_AT)
+        self._waits = {job.id: since for job in waiting if (since := self._waits.get(job.id)) is not None}
+        if not waiting:
+            return
+        try:
+            measured = {device.index: device for device in measure_free(free)}
+        except Unavailable as error:
+            logger.warning("Nothing is claimed: %s", error)
+            return
+        for job in waiting:
             try:
-                plan = make_plan(JobSpec.from_json(job.spec), [device])
+                spec = JobSpec.from_json(job.spec)
             except ValidationError as error:
-                _refuse(session, job, error)
+                self._refuse_unreadable(job, error)
                 continue
-            job.plan = plan.model_dump() if plan else None
-            job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
+            match = find_match(spec, [measured[index] for index in left])
+            if match is None:
+                if self._keeps_slots(spec, left):
+                    return
+                self._wait(job, spec, left, measured)
+                continue
+            claimed = self._claim(job.id, match.plan)
+            if claimed is not None:
+                yield claimed, tuple(left.pop(device.index) for device in match.devices)
+                if not left:
+                    return
+
+    def _keeps_slots(self, spec: JobSpec, left: Collection[int]) -> bool:
+        """Whether the job could run here once more of this box's own jobs have ended."""
+        return spec.gpus > 1 and len(left) < spec.gpus and find_match(spec, self._slots) is not None
+
+    def _claim(self, job_id: str, plan: Plan) -> Job | None:
+        expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
+        with self._database.write() as session:
+            job = leases.claim(session, job_id, self._worker, new_token(), expires_at)
+            if job is not None:
+                job.plan = plan.model_dump()
+                job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
         return job
 
+    def _wait(self, job: Job, spec: JobSpec, left: Collection[int], measured: dict[int, Device]) -> None:
+        """Tell the job why it waits, once, and end it when that has taken too long."""
+        fitting = [slot for slot in self._slots if spec.gpus > 1 or find_match(spec, [slot])]
+        if find_match(spec, self._slots) is None:
+            why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
+        elif all(slot.index not in left for slot in fitting):
+            return  # This box's own jobs have the GPUs that it fits: it is a queue like any other.
+        else:
+            why = f"Not enough GPU memory is free on worker {self._worker}: " + "; ".join(
+                _usage(slot, measured[slot.index]) for slot in fitting if slot.index in left
+            )
+        now = time.monotonic()
+        since = self._waits.get(job.id)
+        if since is None:
+            self._waits[job.id] = now
+            with self._database.write() as session:
+                if leases.lock_queued(session, job.id):
+                    entry = Entry(f"{why} The job waits.", level="warning")
+                    logs.append_entries(session, job.id, [entry])
+        elif now - since > self._settings.busy_gpu_wait_seconds and not self._fits_elsewhere(spec):
+            waited = f"{why} It waited {now - since:.0f} s."
+            advice = (
+                "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it), or let "
+                "it need less memory: smaller max_seq_length, quantization 4bit, or fewer gpus."
+            )
+            self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
 
-def _refuse(session: Session, job: Job, error: ValidationError) -> None:
-    """Fail a job whose spec this version does not understand, rather than meet it again for ever."""
-    failure = {
-        "code": FailureCode.INTERNAL_ERROR,
-        "message": f"This worker can't read the job's spec ({error.error_count()} fields).",
-        "advice": "API and worker are of different versions: upgrade both and submit it again.",
-    }
+    def _fits_elsewhere(self, spec: JobSpec) -> bool:
+        """Whether another worker on line has a place for it, taken or not."""
+        since = utcnow() - timedelta(seconds=self._settings.lease_seconds)
+        with self._database.read() as session:
+            workers = keys.live_workers(session, since)
+        boxes = [[Device.from_json(slot) for slot in w.slots] for w in workers if w.id != self._worker]
+        return any(find_match(spec, box) is not None for box in boxes)
+
+    def _refuse_unreadable(self, job: Job, error: ValidationError) -> None:
+        """A job whose spec this version does not understand would be met again for ever."""
+        self._refuse(
+            job,
+            FailureCode.INTERNAL_ERROR,
+            f"This worker can't read the job's spec ({error.error_count()} fields).",
+            "API and worker are of different versions: upgrade both and submit it again.",
+        )
+
+    def _refuse(self, job: Job, code: FailureCode, message: str, advice: str) -> None:
+        with self._database.write() as session:
+            locked = leases.lock_queued(session, job.id)
+            if locked is not None:
+                _fail(session, locked, code, message, advice)
+
+
+def find_match(spec: JobSpec, devices: Sequence[Device]) -> Match | None:
+    """The job's place on these devices of one box: the fastest that it fits, the first of equal ones."""
+    if spec.gpus > 1:
+        # The planner plans for the largest ones too.
+        largest = sorted(devices, key=lambda device: -device.memory_bytes)[: spec.gpus]
+        plan = make_plan(spec, devices) if len(largest) == spec.gpus else None
+        return Match(tuple(largest), plan) if plan else None
+    found = [Match((device,), plan) for device in devices if (plan := make_plan(spec, [device]))]
+    return max(found, key=lambda match: match.plan.tokens_per_second or 0, default=None)
+
+
+def _fail(session: Session, job: Job, code: FailureCode, message: str, advice: str) -> None:
+    failure = {"code": code, "message": message, "advice": advice}
     set_status(job, JobStatus.FAILED, failure=failure)
-    logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
-    logger.error("Job %s: %s", job.id, error)
+    logs.append_entries(session, job.id, [Entry(message, level="error", data=failure)])
+    logger.error("Job %s: %s", job.id, message)
+
+
+def _usage(slot: Device, measured: Device) -> str:
+    total, free = slot.memory_bytes >> 20, measured.memory_bytes >> 20
+    return f"GPU {slot.index} has {free} of {total} MiB free, {total - free} MiB are in use outside Tuneyard."

@@ -8,12 +8,14 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shared.errors import InvalidRequest, Unavailable
 from shared.plan import EngineName
 from shared.planner import Device
 
 QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+FREE_QUERY = ("--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
 QUERY_SECONDS = 30
 
 
@@ -48,9 +50,29 @@ def probe_gpus() -> list[Device]:
     tool = shutil.which("nvidia-smi")
     if tool is None or visible == "":
         return []
+    return parse_gpus(_ask(tool, QUERY), visible)
+
+
+def measure_free(devices: Sequence[Device]) -> list[Device]:
+    """The devices with the memory that is free on them now; one whose driver does not tell stays as it is.
+
+    Raises:
+        Unavailable: the driver does not answer.
+    """
+    if all(device.kind == "cpu" for device in devices):
+        return list(devices)
+    free = {}
+    for line in _ask("nvidia-smi", FREE_QUERY).splitlines():
+        index, _, memory = (part.strip() for part in line.partition(","))
+        if index.isdigit() and memory.isdigit():
+            free[int(index)] = int(memory) << 20
+    return [replace(device, memory_bytes=free.get(device.index, device.memory_bytes)) for device in devices]
+
+
+def _ask(tool: str, query: Sequence[str]) -> str:
     try:
         answer = subprocess.run(
-            [tool, *QUERY], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True
+            [tool, *query], capture_output=True, text=True, timeout=QUERY_SECONDS, check=True
         )
     except (subprocess.SubprocessError, OSError) as error:
         said = getattr(error, "stdout", None) or error
@@ -58,7 +80,7 @@ def probe_gpus() -> list[Device]:
             f"nvidia-smi is installed and fails: {str(said).strip()} Mend the driver, or set "
             "CUDA_VISIBLE_DEVICES to nothing to run jobs on the CPU."
         ) from error
-    return parse_gpus(answer.stdout, visible)
+    return answer.stdout
 
 
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:

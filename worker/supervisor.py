@@ -22,7 +22,7 @@ from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import Job, WorkerRow
-from worker.claims import claim_for
+from worker.claims import Claims
 from worker.doorbell import Listener
 from worker.launch import Child
 from worker.order import Order
@@ -75,6 +75,7 @@ class Supervisor:
         # Monotonic times before which nothing is recovered, or claimed.
         self._recover_after = self._claim_after = 0.0
         self._quick_deaths = 0
+        self._claims = Claims(settings, database, self._worker.id, slots)
         self._work = settings.root / "work"
         self._compile_cache = settings.root / "cache" / "compiled"
         self._standbys = Standbys(settings.standby, slots, self._work, self._start_process)
@@ -214,15 +215,10 @@ class Supervisor:
             child.kill()
 
     def _claim(self) -> None:
-        """Fill the free slots with the next jobs."""
-        for device in self._free_slots():
-            if self._stopping:
-                return
-            claimed = claim_for(self._database, self._worker.id, self._settings.lease_seconds, device)
-            if claimed is None:
-                return
-            self._start(claimed, device)
-            if time.monotonic() < self._claim_after:
+        """Fill the free slots with the jobs that fit them."""
+        for job, devices in self._claims.fill(self._free_slots()):
+            self._start(job, devices)
+            if self._stopping or time.monotonic() < self._claim_after:
                 return
 
     def _free_slots(self) -> list[Device]:
@@ -232,16 +228,16 @@ class Supervisor:
     def _start_process(self, folder: Path, device: Device, arguments: list[str]) -> Process:
         return Process(self._child_module, arguments, folder, device, self._compile_cache, self._wake.set)
 
-    def _start(self, job: Job, device: Device) -> None:
+    def _start(self, job: Job, devices: tuple[Device, ...]) -> None:
         token = str(job.lease_token)
         workdir = self._work / job.id / f"{job.attempt}-{token}"
-        gpus = (device.index,) if device.kind == "cuda" else ()
+        gpus = tuple(device.index for device in devices if device.kind == "cuda")
         order = Order(job.id, token, str(workdir), self._settings.model_dump(mode="json"), gpus)
         self._doorbell.tell(job.id)
         engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:
-            process = self._standbys.take(engine, device, workdir)
-            child = Child(process or self._start_process(workdir, device, []), order, (device,))
+            process = self._standbys.take(engine, devices[0], workdir)
+            child = Child(process or self._start_process(workdir, devices[0], []), order, devices)
         except OSError as error:
             # The disk is full or the machine is out of processes: not the job's fault, and no better at once.
             logger.error("Job %s could not be started: %s", job.id, error)
@@ -254,7 +250,8 @@ class Supervisor:
         if limit is not None:
             child.deadline = utcnow() + timedelta(seconds=limit - job.run_seconds)
         self._children.append(child)
-        logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, device.name, child.pid)
+        names = ", ".join(f"{device.name} ({device.index})" for device in devices)
+        logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, names, child.pid)
 
     def _hand_back_all(self) -> None:
         """Stop every child, give their jobs back and sign off."""

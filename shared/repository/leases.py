@@ -16,19 +16,23 @@ from shared.repository.jobs import set_status
 from shared.tables import Job
 
 
-def claim_next(session: Session, worker: str, token: str, expires_at: datetime) -> Job | None:
-    """Take the next queued job by policy (priority, then age) under a new lease, or None.
-
-    Two claimers never get the same job: SQLite's write transaction is alone, PostgreSQL skips locked rows.
-    """
+def queue(session: Session, limit: int) -> list[Job]:
+    """The queued jobs in the order in which they are to be claimed: by priority, then age."""
     statement = (
         select(Job)
         .where(Job.status == JobStatus.QUEUED)
         .order_by(col(Job.priority), col(Job.created_at), col(Job.id))
-        .limit(1)
-        .with_for_update(skip_locked=True)
+        .limit(limit)
     )
-    job = session.exec(statement).first()
+    return list(session.exec(statement))
+
+
+def claim(session: Session, job_id: str, worker: str, token: str, expires_at: datetime) -> Job | None:
+    """Take a queued job under a new lease; None if it is queued no longer.
+
+    Two claimers never get the same job: SQLite's write transaction is alone, PostgreSQL skips locked rows.
+    """
+    job = lock_queued(session, job_id)
     if job is None:
         return None
     set_status(
@@ -45,6 +49,14 @@ def claim_next(session: Session, worker: str, token: str, expires_at: datetime) 
     entry = Entry(f"Claimed by worker {worker}.", data={"attempt": job.attempt, "worker": worker})
     logs.append_entries(session, job.id, [entry])
     return job
+
+
+def lock_queued(session: Session, job_id: str) -> Job | None:
+    """The job, locked, if it is queued and nobody else is just claiming it."""
+    statement = (
+        select(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
+    )
+    return session.exec(statement).first()
 
 
 def owned_job(session: Session, job_id: str, token: str) -> Job:

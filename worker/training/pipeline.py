@@ -28,6 +28,7 @@ from worker.training.models import (
     resolve_model,
     settle_tokenizer,
 )
+from worker.training.overlap import Loading
 from worker.training.stack import import_stack
 from worker.training.trainer import train
 from worker.training.workdir import Workdir
@@ -57,12 +58,14 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
     model = resolve_model(spec, workdir, control)
     check_length(spec, model)
     tokenizer = load_tokenizer(model)
+    # On a CPU both would want the same cores.
+    loading = Loading(lambda: _load(spec, plan, model), control) if plan.device == "cuda" else None
     data = prepare_data(
         spec,
         workdir.dataset_file,
         tokenizer,
         sink,
-        control,
+        loading or control,
         model.context_length,
         cache=workdir.cache / "data",
         cache_bytes=workdir.prepared_bytes,
@@ -72,8 +75,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
     control.check()
 
     sink.phase(Phase.LOADING_MODEL)
-    fetch_weights(model)
-    trained = engine_of(plan).load_model(spec, plan, model)
+    trained = loading.result() if loading else _load(spec, plan, model)
     sink.log(Entry(message=describe(model, plan, trained)))
     control.check()
 
@@ -97,6 +99,11 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         training=result,
     )
     return _export(spec, model, tokenizer, manifest, adapter, workdir, sink, control)
+
+
+def _load(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
+    fetch_weights(model)
+    return engine_of(plan).load_model(spec, plan, model)
 
 
 def describe(model: ResolvedModel, plan: Plan, trained: Any) -> str:

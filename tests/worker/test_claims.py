@@ -1,0 +1,154 @@
+"""Which job gets which GPU, with a driver's tool that says what the test wants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from shared.clock import utcnow
+from shared.database import Database
+from shared.plan import Plan
+from shared.planner import Device
+from shared.repository import jobs, keys, logs
+from shared.settings import Settings
+from shared.spec import JobSpec
+from shared.tables import WorkerRow
+from tests.samples import make_job
+from worker import claims
+from worker.claims import Claims
+
+GIB = 1 << 30
+SMALL, LARGE = Device("cuda", 0, "small", 24 * GIB), Device("cuda", 1, "large", 80 * GIB)
+SetFree = Callable[..., None]
+
+
+def plan_by_name(spec: JobSpec, *rest: Sequence[Device]) -> Plan | None:
+    """The second word of a job's name is what it needs on each GPU, in GiB."""
+    needed = int((spec.name or "any 0").split()[1]) * GIB
+    fitting = [d for d in rest[-1] if d.memory_bytes >= needed]
+    if len(fitting) < spec.gpus:
+        return None
+    largest = max(fitting, key=lambda d: d.memory_bytes)
+    return Plan(
+        engine="reference", device=largest.kind, quantization="none", precision="bf16", micro_batch=1,
+        accumulation=1, gradient_checkpointing="none", gpus=spec.gpus, reason=largest.name,
+        tokens_per_second=largest.memory_bytes,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def set_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetFree:
+    """Sets how many GiB are free on each GPU; at first all are."""
+    told = tmp_path / "free"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat {told}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+    monkeypatch.setattr(claims, "make_plan", plan_by_name)
+
+    def write(*free: int) -> None:
+        told.write_text("".join(f"{index}, {gib * 1024}\n" for index, gib in enumerate(free)))
+
+    write(24, 80)
+    return write
+
+
+@pytest.fixture
+def box(settings: Settings, database: Database) -> Claims:
+    return Claims(settings, database, "box-1", [SMALL, LARGE])
+
+
+def claimed(box: Claims, *free: Device) -> list[tuple[str, list[int]]]:
+    return [(job.id, [d.index for d in devices]) for job, devices in box.fill(free)]
+
+
+def messages(database: Database, job_id: str) -> list[str]:
+    with database.read() as session:
+        return [entry.message for entry in logs.read_entries(session, job_id, 0, 100)]
+
+
+def status(database: Database, job_id: str) -> str:
+    with database.read() as session:
+        return jobs.get_job(session, job_id, None).status
+
+
+def test_each_job_goes_where_it_fits_and_the_fastest_is_taken_first(box: Claims, database: Database) -> None:
+    light, heavy, last = (make_job(database, name=f"job {needs}") for needs in (10, 10, 10))
+    assert claimed(box, SMALL, LARGE) == [(light, [1]), (heavy, [0])]
+    assert claimed(box) == []
+    assert claimed(box, SMALL) == [(last, [0])]
+
+
+def test_a_job_that_fits_only_a_taken_gpu_waits_silently_and_holds_up_nobody(
+    box: Claims, database: Database
+) -> None:
+    heavy, light = make_job(database, name="job 60"), make_job(database, name="job 10")
+    assert claimed(box, SMALL) == [(light, [0])]
+    assert messages(database, heavy) == ["Accepted."]
+    assert claimed(box, LARGE) == [(heavy, [1])]
+
+
+def test_a_busy_gpu_is_waited_for_with_one_entry(box: Claims, database: Database, set_free: SetFree) -> None:
+    set_free(24, 30)
+    heavy, light = make_job(database, name="job 60"), make_job(database, name="job 10")
+    assert claimed(box, SMALL, LARGE) == [(light, [1])]
+    assert claimed(box, SMALL, LARGE) == claimed(box, SMALL, LARGE) == []
+    (told,) = messages(database, heavy)[1:]
+    assert "GPU 1 has 30720 of 81920 MiB free, 51200 MiB are in use outside Tuneyard" in told
+    assert "GPU 0" not in told
+    set_free(24, 70)
+    assert claimed(box, SMALL, LARGE) == [(heavy, [1])]
+
+
+def test_the_plan_gets_the_memory_that_is_free(box: Claims, database: Database, set_free: SetFree) -> None:
+    set_free(20, 12)
+    job_id = make_job(database, name="job 10")
+    assert claimed(box, SMALL, LARGE) == [(job_id, [0])]
+    with database.read() as session:
+        plan = jobs.get_job(session, job_id, None).plan
+    assert plan is not None
+    assert plan["tokens_per_second"] == 20 * GIB
+
+
+def test_waiting_for_a_busy_gpu_has_an_end(settings: Settings, database: Database, set_free: SetFree) -> None:
+    set_free(24, 30)
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", [SMALL, LARGE])
+    heavy = make_job(database, name="job 60")
+    assert claimed(box, SMALL, LARGE) == []
+    assert status(database, heavy) == "queued"
+    assert claimed(box, SMALL, LARGE) == []
+    with database.read() as session:
+        failure = jobs.get_job(session, heavy, None).failure
+    assert failure is not None
+    assert failure["code"] == "out_of_memory"
+    assert "51200 MiB are in use" in failure["message"]
+    assert messages(database, heavy)[-1] == failure["message"]
+
+
+def test_a_job_that_fits_nowhere_here_is_left_to_a_worker_that_it_fits(
+    settings: Settings, database: Database
+) -> None:
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", [SMALL])
+    heavy, light = make_job(database, name="job 60"), make_job(database, name="job 10")
+    other = WorkerRow(id="box-2", hostname="b", slots=[LARGE.to_json()])
+    with database.write() as session:
+        keys.put_worker(session, other)
+    assert claimed(box, SMALL) == [(light, [0])]
+    assert claimed(box, SMALL) == []
+    assert "can run what it names" in messages(database, heavy)[1]
+    assert status(database, heavy) == "queued"
+    with database.write() as session:
+        keys.put_worker(session, WorkerRow(**other.model_dump() | {"seen_at": utcnow() - timedelta(hours=1)}))
+    assert claimed(box, SMALL) == []
+    assert status(database, heavy) == "failed"
+
+
+def test_a_driver_that_fails_starts_nothing(box: Claims, database: Database, tmp_path: Path) -> None:
+    job_id = make_job(database, name="job 1")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert claimed(box, SMALL, LARGE) == []
+    assert status(database, job_id) == "queued"
