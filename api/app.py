@@ -23,6 +23,7 @@ from api.schemas import ErrorOut
 from api.services.inspection import Inspector
 from api.services.uploads import sweep
 from shared.database import Database
+from shared.hub import HubConfigs
 from shared.queue import Doorbell
 from shared.settings import Settings
 from shared.spec import JobSpec
@@ -100,7 +101,7 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     hub.start()
     await inspector.start()
     try:
-        yield Context(settings, database, store, doorbell, hub, inspector, metrics)
+        yield Context(settings, database, store, doorbell, hub, inspector, metrics, HubConfigs())
     finally:
         await inspector.stop()
         await hub.stop()

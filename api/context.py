@@ -8,6 +8,7 @@ from api.metrics import Metrics
 from api.news import Hub
 from api.services.inspection import Inspector
 from shared.database import Database
+from shared.hub import HubConfigs
 from shared.queue import Doorbell
 from shared.settings import Settings
 from shared.storage import Store
@@ -24,6 +25,7 @@ class Context:
     hub: Hub
     inspector: Inspector
     metrics: Metrics
+    configs: HubConfigs
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from api.context import Caller, Context
 from api.news import Hub
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
+from shared.hub import HubConfigs
 from shared.ids import DATASET_ID, JOB_ID
 from shared.queue import Doorbell
 from shared.repository.jobs import Page
@@ -54,9 +55,14 @@ async def _hub(context: ContextDep) -> Hub:
     return context.hub
 
 
+async def _configs(context: ContextDep) -> HubConfigs:
+    return context.configs
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StoreDep = Annotated[Store, Depends(_store)]
+ConfigsDep = Annotated[HubConfigs, Depends(_configs)]
 DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
 HubDep = Annotated[Hub, Depends(_hub)]
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, PlainSerializer
 
 from shared.clock import isoformat
 from shared.lifecycle import FailureCode, JobStatus, Phase
+from shared.plan import Plan
 from shared.tables import ArtifactRow, CheckpointRow, DatasetRow, Job
 
 Time = Annotated[
@@ -121,13 +122,13 @@ class JobOut(BaseModel):
 class EstimateOut(BaseModel):
     """What a job would take; null where it can't be known before it runs."""
 
-    plan: dict[str, Any] | None
-    alternatives: list[dict[str, Any]]
+    plan: Plan | None = Field(description="What the job would run as on the best device on line.")
+    alternatives: list[Plan] = Field(description="Plans that lost, the nearest first; `reason` says why.")
     tokens: int | None = Field(description="Tokens of one epoch.")
     steps: int | None = Field(description="Optimiser steps of the whole job.")
-    seconds: float | None
-    peak_memory_bytes: int | None
-    disk_bytes: int | None
+    seconds: float | None = Field(description="Of training alone.")
+    peak_memory_bytes: int | None = Field(description="Of one GPU.")
+    disk_bytes: int | None = Field(description="Exports, checkpoints, and room to merge in.")
 
 
 class EntryOut(BaseModel):

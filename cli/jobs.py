@@ -88,11 +88,16 @@ def estimate(
         ("plan", plan["reason"] if plan else "no worker is on line to plan for"),
         ("tokens an epoch", answer["tokens"]),
         ("optimiser steps", answer["steps"]),
-        ("time", human_seconds(answer["seconds"])),
+        ("training time", human_seconds(answer["seconds"])),
         ("peak memory", human_bytes(answer["peak_memory_bytes"])),
-        ("disk for exports", human_bytes(answer["disk_bytes"])),
+        ("disk", human_bytes(answer["disk_bytes"])),
     ]
     table(console, ("what", "estimate"), rows)
+    if answer["alternatives"]:
+        console.print()
+        columns = ("engine", "quantization", "precision", "batch", "recomputed", "tokens/s", "memory", "")
+        lost = [_plan_row(other, other["reason"]) for other in answer["alternatives"]]
+        table(console, columns, [_plan_row(plan, "taken"), *lost])
 
 
 def jobs(
@@ -198,6 +203,19 @@ def build_spec(
     for assignment in assignments or []:
         _assign(spec, assignment)
     return spec
+
+
+def _plan_row(plan: Json, outcome: str) -> tuple[str, ...]:
+    return (
+        plan["engine"],
+        plan["quantization"],
+        plan["precision"],
+        f"{plan['micro_batch']} x {plan['accumulation']}",
+        plan["gradient_checkpointing"],
+        f"{plan['tokens_per_second']:,.0f}",
+        human_bytes(plan["peak_memory_bytes"]),
+        outcome,
+    )
 
 
 def _read_spec(path: Path | None) -> Json:

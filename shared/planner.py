@@ -1,137 +1,271 @@
-"""The planner: from a spec, a model and the devices at hand to a plan, and to what the job will take.
+"""The planner: from a spec, a model's shape and the devices at hand to a plan.
 
-Torch-free. Every plan keeps the spec's effective batch and sequence length.
+Torch-free. Every plan keeps the spec's effective batch and sequence length; what the spec names it keeps too,
+and what is `auto` there it chooses: the fastest way that fits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from itertools import groupby, product
 
-from shared.models import ModelInfo
-from shared.plan import EngineName, Plan
+from shared.cost import ENGINES, GIB, Way, fits, peak_bytes, tokens_per_second
+from shared.device import Device
+from shared.plan import EngineName, Plan, Precision, Quantization
+from shared.shape import NEMOTRON_NANO_4B, ModelShape
 from shared.spec import JobSpec
-from shared.tables import WorkerRow
 
-# Without the model's tokenizer: what byte-pair vocabularies of 32k to 128k entries make of English and JSON.
-CHARACTERS_PER_TOKEN = 3.6
-# Best-fit packing of rows much shorter than the sequence leaves about this share of the slots empty.
-PACKING_WASTE = 0.03
-# Above this many tokens in one micro-batch, activations are recomputed rather than kept.
-CHECKPOINTING_TOKENS = 2048
-BYTES_PER_WEIGHT = {
-    "adapter": 0.0,
-    "merged_16bit": 2.0,
-    "gguf:f16": 2.0,
-    "gguf:q8_0": 1.0625,
-    "gguf:q5_k_m": 0.71,
-    "gguf:q4_k_m": 0.61,
+# What the compiled engine knows how to compile and to attend with.
+COMPILED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# On a CPU: above so many tokens in one micro-batch, activations are recomputed rather than kept.
+CPU_CHECKPOINTING_TOKENS = 2048
+# Larger micro-batches help nobody, and kernels count in 32 bits.
+MOST_TOKENS = 65_536
+# Predictions no further apart than this count as equal, and the one with less memory wins.
+TIE = 0.02
+# After running out of memory: the next plan has at most this share of what could be saved of the last one's.
+NEXT_SHARE = 0.5
+CHECKPOINTING_WORDS = {
+    "none": "all activations kept",
+    "some": "every second layer's activations recomputed",
+    "all": "activations recomputed",
 }
 
 
 @dataclass(frozen=True)
-class Device:
-    """One slot of a worker: a GPU (`index` as CUDA counts it) or the CPU. Memory in bytes.
+class Candidate:
+    """A way to run the spec on a device, with what it is predicted to take; None where nothing is."""
 
-    `engines` are those that the worker has installed and this device can run.
+    way: Way
+    device: Device
+    peak: int | None
+    speed: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.peak is None or fits(self.peak, self.device)
+
+    def plan(self, reason: str) -> Plan:
+        return Plan(
+            engine=self.way.engine,
+            device=self.way.device,
+            gpus=self.way.gpus,
+            quantization=self.way.quantization,
+            precision=self.way.precision,
+            micro_batch=self.way.micro_batch,
+            accumulation=self.way.accumulation,
+            gradient_checkpointing=self.way.checkpointing,
+            peak_memory_bytes=self.peak,
+            tokens_per_second=None if self.speed is None else round(self.speed, 1),
+            reason=reason,
+        )
+
+
+def make_plan(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device]) -> Plan | None:
+    """The fastest plan that fits one of these devices; None if there is none, or no device.
+
+    Args:
+        shape: None if the model's config can't be had: then nothing is predicted, and the plan is careful.
+        devices: of one box, where the spec asks for several GPUs.
     """
-
-    kind: Literal["cpu", "cuda"]
-    index: int
-    name: str
-    memory_bytes: int
-    engines: tuple[EngineName, ...] = ("reference",)
-
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Self:
-        return cls(**stored | {"engines": tuple(stored["engines"])})
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "index": self.index,
-            "name": self.name,
-            "memory_bytes": self.memory_bytes,
-            "engines": list(self.engines),
-        }
+    chosen = _choose(spec, candidates(spec, shape, devices))
+    return chosen.plan(_reason(chosen, spec, "the fastest that fits")) if chosen else None
 
 
-def devices_of(workers: Iterable[WorkerRow]) -> list[Device]:
-    """The slots of all workers on line."""
-    return [Device.from_json(slot) for worker in workers for slot in worker.slots]
+def alternatives(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device]) -> list[Plan]:
+    """The plans that lost against `make_plan`'s, the nearest first; `reason` says why.
+
+    One for each engine, quantisation, precision and checkpointing, with its best batch.
+    """
+    found = candidates(spec, shape, devices)
+    chosen = _choose(spec, found)
+    if chosen is None or chosen.speed is None:
+        return []
+
+    def kind(candidate: Candidate) -> tuple[str, ...]:
+        way = candidate.way
+        return way.device, way.engine, way.quantization, way.precision, way.checkpointing
+
+    best = [_best(list(group)) for _, group in groupby(sorted(found, key=kind), kind)]
+    lost = [c for c in best if kind(c) != kind(chosen)]
+    lost.sort(key=lambda c: (not c.fits, -(c.speed or 0)))
+    return [candidate.plan(_why_lost(candidate, chosen)) for candidate in lost]
 
 
-def make_plan(spec: JobSpec, devices: Sequence[Device]) -> Plan | None:
-    """The plan on the best of these devices, or None while there is none to plan for."""
-    if not devices:
+def cheaper_plan(
+    spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device], tried: Sequence[Plan]
+) -> Plan | None:
+    """What to try after these plans ran out of memory: clearly less, with the same effective batch.
+
+    The fastest of those that take at most half of what could still be saved, one that is predicted to fit
+    `devices` if there is any; None when the tried ones can't be undercut.
+    """
+    # Without the model's config the order of the ways is known, if not their sizes: any model's will do.
+    sized = shape or NEMOTRON_NANO_4B
+    found = candidates(spec, sized, devices)
+    if not found or not tried:
         return None
-    device = max(devices, key=lambda d: (d.kind == "cuda", d.memory_bytes))
-    precision = spec.precision
-    if precision == "auto":
-        precision = "bf16" if device.kind == "cuda" else "fp32"
-    tokens = spec.training.per_device_train_batch_size * spec.max_seq_length
-    return Plan(
-        engine="reference",
-        device=device.kind,
-        quantization="none",
-        precision=precision,
-        micro_batch=spec.training.per_device_train_batch_size,
-        accumulation=spec.training.gradient_accumulation_steps,
-        gradient_checkpointing="all" if tokens > CHECKPOINTING_TOKENS else "none",
-        reason=f"The reference engine in {precision} on {device.name}: batch "
-        f"{spec.training.per_device_train_batch_size} x {spec.training.gradient_accumulation_steps} "
-        f"of {spec.max_seq_length} tokens.",
+    least = min(c.peak or 0 for c in found)
+    lowest = min(peak_bytes(way_of(plan), sized, spec) for plan in tried)
+    cheaper = [c for c in found if (c.peak or 0) <= least + (lowest - least) * NEXT_SHARE < lowest]
+    if not cheaper:
+        return None
+    chosen = _best(cheaper)
+    if shape is None:
+        chosen = Candidate(chosen.way, chosen.device, None, None)
+    return chosen.plan(_reason(chosen, spec, "the next cheaper one after running out of memory"))
+
+
+def candidates(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device]) -> list[Candidate]:
+    """Every way that the spec admits on these devices, whether it fits or not."""
+    found = []
+    for device in _distinct(spec, devices):
+        for way in _ways(spec, shape, device):
+            peak = speed = None
+            if shape is not None:
+                peak, speed = peak_bytes(way, shape, spec), tokens_per_second(way, shape, spec, device)
+            found.append(Candidate(way, device, peak, speed))
+    return found
+
+
+def way_of(plan: Plan) -> Way:
+    """The way that a plan describes."""
+    return Way(
+        plan.engine,
+        plan.device,
+        plan.quantization,
+        plan.precision,
+        plan.micro_batch,
+        plan.accumulation,
+        plan.gradient_checkpointing,
+        plan.gpus,
     )
 
 
-def estimate(
-    spec: JobSpec, model: ModelInfo, report: dict[str, Any] | None, plan: Plan | None
-) -> dict[str, Any]:
-    """What the job will take, None where it can't be known before it runs.
+def effective_batch(spec: JobSpec) -> int:
+    """Rows of one optimiser step: what the batch fields of a spec are taken to say."""
+    return spec.training.per_device_train_batch_size * spec.training.gradient_accumulation_steps
 
-    Args:
-        report: the uploaded dataset's report (`rows_used`, `characters`), None for a dataset not seen yet.
 
-    Returns:
-        `tokens` (an epoch's), `steps` (the whole job's optimiser steps), `disk_bytes` (all exports); time
-        and memory are not predicted yet.
+def _distinct(spec: JobSpec, devices: Sequence[Device]) -> list[Device]:
+    """One device of each kind that the plan may be for; for several GPUs, the smallest of the largest."""
+    if spec.gpus > 1:
+        gpus = sorted((d for d in devices if d.kind == "cuda"), key=lambda d: -d.memory_bytes)[: spec.gpus]
+        return gpus[-1:] if len(gpus) == spec.gpus else []
+    return list({(d.kind, d.name, d.memory_bytes, d.engines): d for d in devices}.values())
+
+
+def _ways(spec: JobSpec, shape: ModelShape | None, device: Device) -> Iterator[Way]:
+    if effective_batch(spec) % spec.gpus:
+        return
+    rows = effective_batch(spec) // spec.gpus
+    if device.kind == "cpu":
+        yield from _cpu_ways(spec, device, rows)
+        return
+    for engine in device.engines:
+        if spec.engine in ("auto", engine):
+            kinds = product(
+                _weights(spec, engine, shape, device), _batches(spec, rows), ENGINES[engine].checkpointing
+            )
+            for (quantization, precision), batch, checkpointing in kinds:
+                yield Way(
+                    engine, "cuda", quantization, precision, batch, rows // batch, checkpointing, spec.gpus
+                )
+
+
+def _cpu_ways(spec: JobSpec, device: Device, rows: int) -> Iterator[Way]:
+    """As the spec writes its batch, for a larger one is no faster here; smaller ones for want of memory."""
+    named_otherwise = spec.engine not in ("auto", "reference") or spec.quantization == "4bit"
+    if named_otherwise or spec.precision not in ("auto", "fp32") or spec.gpus > 1:
+        return
+    for batch in reversed(_batches(spec, rows)):
+        if batch <= spec.training.per_device_train_batch_size:
+            tokens = batch * spec.max_seq_length
+            if tokens <= CPU_CHECKPOINTING_TOKENS:
+                yield Way("reference", device.kind, "none", "fp32", batch, rows // batch, "none")
+            yield Way("reference", device.kind, "none", "fp32", batch, rows // batch, "all")
+
+
+def _weights(
+    spec: JobSpec, engine: EngineName, shape: ModelShape | None, device: Device
+) -> list[tuple[Quantization, Precision]]:
+    """How this engine may hold the base weights on this GPU."""
+    found: list[tuple[Quantization, Precision]] = []
+    if engine == "reference":
+        found.append(("none", "fp32" if spec.precision == "fp32" or not device.bf16 else "bf16"))
+    elif engine == "compiled":
+        known = shape is not None and shape.model_type in COMPILED_ARCHITECTURES
+        # Float8 rounds the weights, so it is for those who name it.
+        if device.bf16 and known:
+            found.append(("none", "fp8" if spec.precision == "fp8" and device.fp8 else "bf16"))
+    elif device.bf16:
+        found.append(("none", "bf16"))
+    if engine != "compiled" and device.bf16:
+        found.append(("4bit", "bf16"))
+    return [
+        (quantization, precision)
+        for quantization, precision in found
+        if spec.quantization in ("auto", quantization) and spec.precision in ("auto", precision)
+    ]
+
+
+def _batches(spec: JobSpec, rows: int) -> list[int]:
+    """Micro-batches that divide the rows of a step, smallest first.
+
+    Rows that aren't packed are padded to the longest of their micro-batch: more of them waste more.
     """
-    tokens, rows = _tokens_and_rows(spec, report)
-    return {
-        "plan": plan.model_dump() if plan else None,
-        "alternatives": [],
-        "tokens": tokens,
-        "steps": count_steps(spec, rows),
-        "seconds": None,
-        "peak_memory_bytes": None,
-        "disk_bytes": _disk_bytes(spec, model),
-    }
+    stated = spec.training.per_device_train_batch_size
+    most = max(1, MOST_TOKENS // spec.max_seq_length) if spec.packing else stated
+    return [n for n in range(1, rows + 1) if rows % n == 0 and n <= max(most, stated)]
 
 
-def count_steps(spec: JobSpec, rows: int | None) -> int | None:
-    """Optimiser steps of the whole job over `rows` training rows (packed ones where packing is on)."""
-    training = spec.training
-    if training.max_steps is not None:
-        return training.max_steps
-    if rows is None:
-        return None
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
+def _choose(spec: JobSpec, found: list[Candidate]) -> Candidate | None:
+    fitting = [c for c in found if c.fits]
+    on_gpu = [c for c in fitting if c.way.device == "cuda"]
+    if not on_gpu:
+        return next(iter(fitting), None)
+    if on_gpu[0].peak is None:
+        return min(on_gpu, key=lambda c: _care(c.way, spec))
+    return _best(on_gpu)
 
 
-def _tokens_and_rows(spec: JobSpec, report: dict[str, Any] | None) -> tuple[int | None, int | None]:
-    if report is None:
-        return None, None
-    usable = int(report["rows_used"])
-    used = math.ceil(min(usable, spec.max_samples or usable) * (1 - spec.validation_fraction))
-    tokens = math.ceil(report["characters"] / CHARACTERS_PER_TOKEN * used / max(usable, 1))
-    packed = math.ceil(tokens / spec.max_seq_length / (1 - PACKING_WASTE))
-    return tokens, packed if spec.packing else used
+def _care(way: Way, spec: JobSpec) -> tuple[bool, bool, bool, int]:
+    """For a model of unknown size: as the least memory is had, at the batch that the spec states."""
+    unsloth = way.engine == "unsloth"
+    stated = abs(way.micro_batch - spec.training.per_device_train_batch_size)
+    return not unsloth, (way.quantization == "4bit") != unsloth, way.checkpointing != "all", stated
 
 
-def _disk_bytes(spec: JobSpec, model: ModelInfo) -> int | None:
-    if model.parameters is None:
-        return None
-    return math.ceil(sum(BYTES_PER_WEIGHT[kind] for kind in spec.exports) * model.parameters)
+def _best(found: list[Candidate]) -> Candidate:
+    """The fastest that fits, of nearly equal ones the smallest; if none fits, the smallest of all."""
+    fitting = [c for c in found if c.fits]
+    fastest = max((c.speed or 0 for c in fitting), default=0)
+    return min(
+        [c for c in fitting if (c.speed or 0) >= fastest * (1 - TIE)] or found,
+        key=lambda c: (c.peak or 0, -(c.speed or 0)),
+    )
+
+
+def _reason(chosen: Candidate, spec: JobSpec, why: str) -> str:
+    way = chosen.way
+    weights = "4-bit, computing in bf16" if way.quantization == "4bit" else way.precision
+    gpus = f"{way.gpus} x " if way.gpus > 1 else ""
+    said = (
+        f"The {way.engine} engine in {weights} on {gpus}{chosen.device.name}: batch {way.micro_batch} x "
+        f"{way.accumulation} of {spec.max_seq_length} tokens, {CHECKPOINTING_WORDS[way.checkpointing]}."
+    )
+    if chosen.peak is None or chosen.speed is None:
+        return f"{said} Nothing is predicted, because the model's config is not known here."
+    predicted = f"{said} Predicted: {chosen.speed:,.0f} tokens/s and {chosen.peak / GIB:.1f} GiB at the peak"
+    return f"{predicted}, {why}." if way.device == "cuda" else f"{predicted}."
+
+
+def _why_lost(candidate: Candidate, chosen: Candidate) -> str:
+    peak, speed, best = candidate.peak or 0, candidate.speed or 0, chosen.speed or 1
+    if not candidate.fits:
+        memory = candidate.device.memory_bytes / GIB
+        return f"needs {peak / GIB:.1f} GiB, which {candidate.device.name} with {memory:.1f} GiB can't give"
+    if speed < best * (1 - TIE):
+        return f"{1 - speed / best:.0%} slower"
+    return f"no faster, and takes {(peak - (chosen.peak or 0)) / GIB:.1f} GiB more"

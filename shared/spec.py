@@ -35,7 +35,7 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 ExportFormat = Literal["adapter", "merged_16bit", "gguf:f16", "gguf:q8_0", "gguf:q5_k_m", "gguf:q4_k_m"]
 DataFormat = Literal["auto", "glaive", "messages", "sharegpt", "alpaca", "text", "prompt_completion"]
-Engine = Literal["auto", "reference"]
+Engine = Literal["auto", "unsloth", "compiled", "reference"]
 Priority = Literal["low", "normal", "high"]
 
 
@@ -161,8 +161,8 @@ class JobSpec(SpecModel):
     unparsable_calls: Literal["keep", "drop"] = "keep"
     packing: bool = True
     train_on: Literal["assistant", "all"] = "assistant"
-    quantization: Literal["auto", "none"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    quantization: Literal["auto", "4bit", "none"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     engine: Engine = "auto"
@@ -196,6 +196,25 @@ class JobSpec(SpecModel):
         if fraction and info.data.get("validation_dataset") is not None:
             raise ValueError("and validation_dataset exclude each other: leave one of them out")
         return fraction
+
+    @field_validator("precision")
+    @classmethod
+    def _4bit_weights_compute_in_bf16(cls, precision: str, info: ValidationInfo) -> str:
+        if info.data.get("quantization") == "4bit" and precision in ("fp32", "fp8"):
+            raise ValueError("is auto or bf16 with quantization 4bit")
+        return precision
+
+    @field_validator("engine")
+    @classmethod
+    def _engines_have_their_ways(cls, engine: str, info: ValidationInfo) -> str:
+        quantization, precision = info.data.get("quantization"), info.data.get("precision")
+        if engine == "compiled" and quantization == "4bit":
+            raise ValueError("compiled has no 4-bit weights: leave quantization or engine on auto")
+        if engine in ("compiled", "unsloth") and precision == "fp32":
+            raise ValueError(f"{engine} computes in bf16: leave precision or engine on auto")
+        if engine in ("reference", "unsloth") and precision == "fp8":
+            raise ValueError("fp8 is the compiled engine's: leave precision or engine on auto")
+        return engine
 
     @field_validator("tool_call_style")
     @classmethod

@@ -72,6 +72,8 @@ class Job(SQLModel, table=True):
     priority: int
     spec: dict[str, Any] = Field(sa_type=JSON)
     user_metadata: dict[str, str] = Field(sa_type=JSON)
+    # What is known of the model's layers, so that planning needs neither its files nor the hub.
+    model_shape: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     plan: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     plan_history: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
     data_report: dict[str, Any] | None = Field(default=None, sa_type=JSON)

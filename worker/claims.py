@@ -12,15 +12,17 @@ from pydantic import ValidationError
 
 from shared.clock import utcnow
 from shared.database import Database, Session
+from shared.device import Device, boxes_of
 from shared.errors import Unavailable
 from shared.events import Entry
 from shared.ids import new_token
 from shared.lifecycle import FailureCode, JobStatus
 from shared.plan import Plan
-from shared.planner import Device, make_plan
+from shared.planner import make_plan
 from shared.repository import keys, leases, logs
 from shared.repository.jobs import set_status
 from shared.settings import Settings
+from shared.shape import ModelShape
 from shared.spec import JobSpec
 from shared.tables import Job
 from worker.gpus import measure_free
@@ -37,6 +39,17 @@ class Match:
 
     devices: tuple[Device, ...]
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a waiting job asks for, and the shape of its model where that is known."""
+
+    spec: JobSpec
+    shape: ModelShape | None
+
+    def plan(self, devices: Sequence[Device]) -> Plan | None:
+        return make_plan(self.spec, self.shape, devices)
 
 
 class Claims:
@@ -76,11 +89,12 @@ class Claims:
             except ValidationError as error:
                 self._refuse_unreadable(job, error)
                 continue
-            match = find_match(spec, [measured[index] for index in left])
+            wanted = Wanted(spec, ModelShape.from_json(job.model_shape) if job.model_shape else None)
+            match = find_match(wanted, [measured[index] for index in left])
             if match is None:
-                if self._keeps_slots(spec, left):
+                if self._keeps_slots(wanted, left):
                     return
-                self._wait(job, spec, left, measured)
+                self._wait(job, wanted, left, measured)
                 continue
             claimed = self._claim(job.id, match.plan)
             if claimed is not None:
@@ -88,9 +102,10 @@ class Claims:
                 if not left:
                     return
 
-    def _keeps_slots(self, spec: JobSpec, left: Collection[int]) -> bool:
+    def _keeps_slots(self, wanted: Wanted, left: Collection[int]) -> bool:
         """Whether the job could run here once more of this box's own jobs have ended."""
-        return spec.gpus > 1 and len(left) < spec.gpus and find_match(spec, self._slots) is not None
+        gpus = wanted.spec.gpus
+        return gpus > 1 and len(left) < gpus and find_match(wanted, self._slots) is not None
 
     def _claim(self, job_id: str, plan: Plan) -> Job | None:
         expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
@@ -101,10 +116,10 @@ class Claims:
                 job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
         return job
 
-    def _wait(self, job: Job, spec: JobSpec, left: Collection[int], measured: dict[int, Device]) -> None:
+    def _wait(self, job: Job, wanted: Wanted, left: Collection[int], measured: dict[int, Device]) -> None:
         """Tell the job why it waits, once, and end it when that has taken too long."""
-        fitting = [slot for slot in self._slots if spec.gpus > 1 or find_match(spec, [slot])]
-        if find_match(spec, self._slots) is None:
+        fitting = [slot for slot in self._slots if wanted.spec.gpus > 1 or find_match(wanted, [slot])]
+        if find_match(wanted, self._slots) is None:
             why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
         elif all(slot.index not in left for slot in fitting):
             return  # This box's own jobs have the GPUs that it fits: it is a queue like any other.
@@ -120,7 +135,7 @@ class Claims:
                 if leases.lock_queued(session, job.id):
                     entry = Entry(f"{why} The job waits.", level="warning")
                     logs.append_entries(session, job.id, [entry])
-        elif now - since > self._settings.busy_gpu_wait_seconds and not self._fits_elsewhere(spec):
+        elif now - since > self._settings.busy_gpu_wait_seconds and not self._fits_elsewhere(wanted):
             waited = f"{why} It waited {now - since:.0f} s."
             advice = (
                 "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it), or let "
@@ -128,13 +143,13 @@ class Claims:
             )
             self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
 
-    def _fits_elsewhere(self, spec: JobSpec) -> bool:
+    def _fits_elsewhere(self, wanted: Wanted) -> bool:
         """Whether another worker on line has a place for it, taken or not."""
         since = utcnow() - timedelta(seconds=self._settings.lease_seconds)
         with self._database.read() as session:
             workers = keys.live_workers(session, since)
-        boxes = [[Device.from_json(slot) for slot in w.slots] for w in workers if w.id != self._worker]
-        return any(find_match(spec, box) is not None for box in boxes)
+        boxes = boxes_of(worker for worker in workers if worker.id != self._worker)
+        return any(find_match(wanted, box) is not None for box in boxes)
 
     def _refuse_unreadable(self, job: Job, error: ValidationError) -> None:
         """A job whose spec this version does not understand would be met again for ever."""
@@ -152,14 +167,15 @@ class Claims:
                 _fail(session, locked, code, message, advice)
 
 
-def find_match(spec: JobSpec, devices: Sequence[Device]) -> Match | None:
+def find_match(wanted: Wanted, devices: Sequence[Device]) -> Match | None:
     """The job's place on these devices of one box: the fastest that it fits, the first of equal ones."""
-    if spec.gpus > 1:
+    gpus = wanted.spec.gpus
+    if gpus > 1:
         # The planner plans for the largest ones too.
-        largest = sorted(devices, key=lambda device: -device.memory_bytes)[: spec.gpus]
-        plan = make_plan(spec, devices) if len(largest) == spec.gpus else None
+        largest = sorted(devices, key=lambda device: -device.memory_bytes)[:gpus]
+        plan = wanted.plan(devices) if len(largest) == gpus else None
         return Match(tuple(largest), plan) if plan else None
-    found = [Match((device,), plan) for device in devices if (plan := make_plan(spec, [device]))]
+    found = [Match((device,), plan) for device in devices if (plan := wanted.plan([device]))]
     return max(found, key=lambda match: match.plan.tokens_per_second or 0, default=None)
 
 

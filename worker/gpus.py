@@ -10,9 +10,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shared.device import Device
 from shared.errors import InvalidRequest, Unavailable
 from shared.plan import EngineName
-from shared.planner import Device
 
 QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 FREE_QUERY = ("--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
@@ -65,7 +65,8 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
     for line in _ask("nvidia-smi", FREE_QUERY).splitlines():
         index, _, memory = (part.strip() for part in line.partition(","))
         if index.isdigit() and memory.isdigit():
-            free[int(index)] = int(memory) << 20
+            # 0 would say that it is not known.
+            free[int(index)] = max(int(memory) << 20, 1)
     return [replace(device, memory_bytes=free.get(device.index, device.memory_bytes)) for device in devices]
 
 

@@ -6,7 +6,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from shared.planner import Device
+from shared.device import Device
 from worker.order import Order
 from worker.process import Process
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.planner import Device
+from shared.device import Device
 
 # What a child may see of the worker's environment. Never the API's keys, the database's or Redis' address.
 ENVIRONMENT = frozenset(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from shared.device import Device
 from shared.plan import EngineName
-from shared.planner import Device
 from worker.process import Process
 from worker.sweep import STANDBY_PREFIX, remove_in_background
 

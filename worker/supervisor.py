@@ -14,9 +14,9 @@ from sqlalchemy.exc import DBAPIError
 
 from shared.clock import utcnow
 from shared.database import Database
+from shared.device import Device
 from shared.lifecycle import TERMINAL, JobStatus
 from shared.plan import Plan
-from shared.planner import Device
 from shared.queue import Doorbell
 from shared.repository import keys, leases
 from shared.settings import Settings

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from api.dependencies import CallerDep, DatabaseDep, DoorbellDep, JobId, JobPage, SettingsDep, StoreDep
+from api.dependencies import (
+    CallerDep,
+    ConfigsDep,
+    DatabaseDep,
+    DoorbellDep,
+    JobId,
+    JobPage,
+    SettingsDep,
+    StoreDep,
+)
 from api.schemas import EstimateOut, JobOut, ListOut
 from api.services import jobs
 from api.services.jobs import Filters
@@ -75,23 +84,24 @@ def create_job(
     database: DatabaseDep,
     doorbell: DoorbellDep,
     settings: SettingsDep,
+    configs: ConfigsDep,
     caller: CallerDep,
     body: BodyDep,
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> JobOut:
     """Queue a fine-tuning job. `{}` is a complete spec."""
-    job = jobs.create(database, doorbell, settings, caller, body, idempotency_key)
+    job = jobs.create(database, doorbell, settings, configs, caller, body, idempotency_key)
     response.headers["location"] = f"/jobs/{job.id}"
     return job
 
 
 @router.post("/estimate", openapi_extra=SPEC_BODY)
 def estimate_job(
-    database: DatabaseDep, settings: SettingsDep, caller: CallerDep, body: BodyDep
+    database: DatabaseDep, settings: SettingsDep, configs: ConfigsDep, caller: CallerDep, body: BodyDep
 ) -> EstimateOut:
     """What a job would take, without queueing it; null where it can't be known before it runs."""
-    return jobs.estimate_job(database, settings, caller, body)
+    return jobs.estimate_job(database, settings, configs, caller, body)
 
 
 @router.get("", openapi_extra=METADATA_FILTER)

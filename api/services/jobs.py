@@ -18,12 +18,16 @@ from api.errors import invalid_spec
 from api.schemas import CheckpointOut, EstimateOut, JobOut, ListOut
 from shared.clock import utcnow
 from shared.database import Database, Session
+from shared.device import Device, boxes_of
 from shared.errors import InvalidRequest, MalformedRequest, NotFound, QuotaExceeded, StateConflict
+from shared.estimate import estimate
 from shared.events import Entry
+from shared.feasible import check_runnable
+from shared.hub import HubConfigs
 from shared.ids import new_job_id
 from shared.lifecycle import JobStatus
 from shared.models import ModelInfo, find_model
-from shared.planner import devices_of, estimate, make_plan
+from shared.planner import alternatives, make_plan
 from shared.policy import check_spec
 from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
@@ -90,6 +94,7 @@ def create(
     database: Database,
     doorbell: Doorbell,
     settings: Settings,
+    configs: HubConfigs,
     caller: Caller,
     body: bytes,
     idempotency_key: str | None,
@@ -110,7 +115,11 @@ def create(
             if earlier is not None:
                 return _job_out(session, earlier)
     spec = parse_spec(body)
-    check_spec(spec, settings, find_model(settings, spec.model), admin=caller.admin)
+    model = _find_model(settings, configs, spec)
+    check_spec(spec, settings, model, admin=caller.admin)
+    with database.read() as session:
+        boxes = _boxes(session, settings)
+    check_runnable(spec, model.shape, boxes)
     with database.write() as session:
         jobs.lock_owner(session, caller.name)
         if idempotency_key is not None:
@@ -128,6 +137,7 @@ def create(
             owner=caller.name,
             status=JobStatus.QUEUED,
             model=spec.model,
+            model_shape=model.shape.to_json() if model.shape else None,
             priority=jobs.PRIORITIES[spec.priority],
             spec=spec.to_json(),
             user_metadata=spec.metadata,
@@ -141,21 +151,29 @@ def create(
     return created
 
 
-def estimate_job(database: Database, settings: Settings, caller: Caller, body: bytes) -> EstimateOut:
-    """What the job would take on the workers that are on line; nothing is stored.
+def estimate_job(
+    database: Database, settings: Settings, configs: HubConfigs, caller: Caller, body: bytes
+) -> EstimateOut:
+    """What the job would take on the best of the workers that are on line; nothing is stored.
 
     Raises:
         MalformedRequest: the body is not JSON.
         InvalidRequest: the job is known to be impossible or not allowed here.
     """
     spec = parse_spec(body)
-    model: ModelInfo = find_model(settings, spec.model)
+    model = _find_model(settings, configs, spec)
     check_spec(spec, settings, model, admin=caller.admin)
     with database.read() as session:
         dataset = _usable_datasets(session, caller, spec)
-        since = utcnow() - timedelta(seconds=settings.lease_seconds)
-        plan = make_plan(spec, devices_of(keys.live_workers(session, since)))
-    return EstimateOut.model_validate(estimate(spec, model, dataset.report if dataset else None, plan))
+        boxes = _boxes(session, settings)
+        report = dataset.report if dataset else None
+    check_runnable(spec, model.shape, boxes)
+    planned = [(plan, box) for box in boxes if (plan := make_plan(spec, model.shape, box))]
+    if not planned:
+        return EstimateOut.model_validate(estimate(spec, model, report, None, []))
+    plan, box = max(planned, key=lambda p: (p[0].device == "cuda", p[0].tokens_per_second or 0))
+    others = alternatives(spec, model.shape, box)
+    return EstimateOut.model_validate(estimate(spec, model, report, plan, others))
 
 
 def list_page(database: Database, caller: Caller, page: Page, filters: Filters) -> ListOut[JobOut]:
@@ -233,6 +251,21 @@ def list_checkpoints(database: Database, caller: Caller, job_id: str) -> ListOut
         logs.log_state(session, job_id, caller.scope)
         rows = logs.read_checkpoints(session, job_id)
     return ListOut(data=[CheckpointOut.of(row) for row in rows])
+
+
+def _find_model(settings: Settings, configs: HubConfigs, spec: JobSpec) -> ModelInfo:
+    """The model, with its shape where it can be had. Not in a database session: the hub may be asked."""
+    model = find_model(settings, spec.model)
+    if model.source == "hub" and model.shape is None:
+        shape = configs.shape(spec.model, spec.model_revision)
+        return model.shaped(shape) if shape else model
+    return model
+
+
+def _boxes(session: Session, settings: Settings) -> list[list[Device]]:
+    """The devices of each worker on line."""
+    since = utcnow() - timedelta(seconds=settings.lease_seconds)
+    return boxes_of(keys.live_workers(session, since))
 
 
 def _job_out(session: Session, job: Job) -> JobOut:

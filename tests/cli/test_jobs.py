@@ -14,9 +14,11 @@ import pytest
 
 from cli.demo import DATA
 from shared.database import Database
-from shared.planner import Device
+from shared.device import Device
 from shared.queue import Doorbell
+from shared.repository import keys
 from shared.settings import Settings
+from shared.tables import WorkerRow
 from tests.cli.test_serve import Served
 from tests.conftest import TEST_DATABASE, empty_database, wait_for
 from worker.supervisor import Supervisor
@@ -130,12 +132,30 @@ def test_cancel(tuneyard: Run) -> None:
     assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "cancelled")
 
 
+def test_an_estimate_tabulates_the_plans_that_lost(tuneyard: Run, box: Settings) -> None:
+    gpu = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ("reference", "compiled", "unsloth"))
+    database = Database(box.database())
+    with database.write() as session:
+        keys.put_worker(session, WorkerRow(id="gpus", hostname="other", slots=[gpu.to_json()]))
+    said = tuneyard("estimate", "--set", "training.max_steps=5").stdout
+    with database.write() as session:
+        keys.remove_worker(session, "gpus")
+    database.close()
+    lines = [line.split("\t") for line in said.splitlines()]
+    assert [cells[7] for cells in lines if cells[0] == "compiled" and cells[4] == "none"] == ["taken"]
+    lost = next(
+        cells for cells in lines if cells[0] == "unsloth" and cells[1] == "4bit" and cells[4] == "all"
+    )
+    assert lost[7].endswith("slower")
+
+
 def test_estimate_and_datasets(tuneyard: Run) -> None:
     uploaded = tuneyard("datasets", "upload", str(DATA))
     dataset_id = uploaded.stdout.strip()
     said = tuneyard("estimate", "--model", MODEL, "--dataset", dataset_id).stdout
     assert "reference engine" in said
     assert "optimiser steps" in said
+    assert "training time" in said
     assert dataset_id in tuneyard("datasets", "list").stdout
     assert json.loads(tuneyard("datasets", "show", dataset_id).stdout)["report"]["rows_used"] > 0
     assert tuneyard("datasets", "delete", dataset_id).returncode == 0

@@ -1,163 +1,308 @@
-"""Models, the server's limits on a spec, plans and estimates."""
+"""The planner: predictions against measurements, what it promises of every plan, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import struct
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared.cost import GIB, Way, fits, peak_bytes, tokens_per_second
+from shared.device import Device
 from shared.errors import InvalidRequest
-from shared.models import ModelInfo, find_model, list_models
-from shared.planner import Device, count_steps, estimate, make_plan
-from shared.policy import check_spec
-from shared.settings import Settings
-from shared.spec import BUNDLED_MODEL, JobSpec
+from shared.feasible import check_runnable
+from shared.plan import EngineName, Plan
+from shared.planner import (
+    COMPILED_ARCHITECTURES,
+    alternatives,
+    candidates,
+    cheaper_plan,
+    effective_batch,
+    make_plan,
+    way_of,
+)
+from shared.shape import NEMOTRON_NANO_4B, SMOLLM2_135M, ModelShape
+from shared.spec import JobSpec
 
-CPU = Device("cpu", 0, "CPU", 8 << 30)
-GPU = Device("cuda", 1, "NVIDIA H100", 80 << 30)
+ALL_ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+CPU = Device("cpu", 0, "CPU (x86_64, 2 cores)", 16 << 30)
+H100 = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ALL_ENGINES)
+SHAPES = (NEMOTRON_NANO_4B, SMOLLM2_135M)
 
 
-def make_model(folder: Path, weights: str = "model.safetensors") -> Path:
-    """A folder that looks like a model: config and a safetensors header without any data."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
-    header = {
-        "__metadata__": {"format": "pt"},
-        "model.embed_tokens.weight": {"dtype": "BF16", "shape": [100, 8], "data_offsets": [0, 1600]},
-        "model.layers.0.self_attn.q_proj.weight": {
-            "dtype": "BF16",
-            "shape": [8, 8],
-            "data_offsets": [0, 128],
-        },
-        "model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": [16, 8], "data_offsets": [0, 256]},
-        "model.layers.0.norm.weight": {"dtype": "BF16", "shape": [8], "data_offsets": [0, 16]},
+def gpu(
+    gib: float, name: str = "NVIDIA GeForce RTX 4090", engines: tuple[EngineName, ...] = ALL_ENGINES
+) -> Device:
+    return Device("cuda", 0, name, int(gib * GIB), engines)
+
+
+def spec_of(**fields: Any) -> JobSpec:
+    return JobSpec.model_validate_json(json.dumps(fields))
+
+
+def planned(spec: JobSpec, device: Device, shape: ModelShape | None = NEMOTRON_NANO_4B) -> Plan:
+    plan = make_plan(spec, shape, [device])
+    assert plan is not None
+    return plan
+
+
+# One H100 80 GB, the 4B of the default model, rows of 4,096 packed, r=16 on 7 modules, 2 rows x 4.
+MEASURED = [
+    (("reference", "4bit", "bf16", "all"), 0.05, 5_420, 7.5),
+    (("reference", "none", "bf16", "all"), 0.05, 5_170, 12.9),
+    (("unsloth", "4bit", "bf16", "all"), 0.05, 14_363, 5.5),
+    (("unsloth", "4bit", "bf16", "all"), 0.0, 15_650, 4.9),
+    (("unsloth", "none", "bf16", "all"), 0.0, 16_715, 9.9),
+    (("compiled", "none", "bf16", "none"), 0.0, 22_850, 34.9),
+    (("compiled", "none", "fp8", "none"), 0.0, 25_000, 35.3),
+]
+
+
+@pytest.mark.parametrize(("way", "dropout", "speed", "gib"), MEASURED)
+def test_predictions_are_near_what_was_measured(way: Any, dropout: float, speed: float, gib: float) -> None:
+    engine, quantization, precision, checkpointing = way
+    tried = Way(engine, "cuda", quantization, precision, 2, 4, checkpointing)
+    spec = spec_of(lora={"dropout": dropout})
+    assert peak_bytes(tried, NEMOTRON_NANO_4B, spec) / GIB == pytest.approx(gib, rel=0.10)
+    assert tokens_per_second(tried, NEMOTRON_NANO_4B, spec, H100) == pytest.approx(speed, rel=0.25)
+
+
+def test_a_cpu_is_predicted_for_the_bundled_model() -> None:
+    plan = planned(spec_of(max_seq_length=512), CPU, SMOLLM2_135M)
+    assert (plan.engine, plan.device, plan.precision) == ("reference", "cpu", "fp32")
+    assert (plan.micro_batch, plan.accumulation, plan.gradient_checkpointing) == (2, 4, "none")
+    assert plan.peak_memory_bytes == pytest.approx(4.7e9, rel=0.10)
+
+
+def test_without_devices_there_is_no_plan() -> None:
+    assert make_plan(spec_of(), NEMOTRON_NANO_4B, []) is None
+    assert alternatives(spec_of(), NEMOTRON_NANO_4B, []) == []
+
+
+def test_a_gpu_goes_before_the_cpu_and_the_cpu_keeps_the_batch_that_was_stated() -> None:
+    devices = [CPU, H100]
+    plan = make_plan(spec_of(), SMOLLM2_135M, devices)
+    assert plan is not None
+    assert plan.device == "cuda"
+    stated = spec_of(training={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6})
+    on_cpu = planned(stated, CPU, SMOLLM2_135M)
+    assert (on_cpu.micro_batch, on_cpu.accumulation, on_cpu.gradient_checkpointing) == (1, 6, "all")
+
+
+def test_a_cpu_with_little_memory_takes_what_fits() -> None:
+    spec = spec_of(max_seq_length=512)
+    roomy = planned(spec, CPU, SMOLLM2_135M)
+    tight = planned(spec, Device("cpu", 0, "CPU", 3 << 30), SMOLLM2_135M)
+    assert (roomy.gradient_checkpointing, tight.gradient_checkpointing) == ("none", "all")
+    assert make_plan(spec, SMOLLM2_135M, [Device("cpu", 0, "CPU", 1 << 30)]) is None
+
+
+@pytest.mark.parametrize("gib", [12, 16, 24])
+@pytest.mark.parametrize("engines", [ALL_ENGINES, ("reference", "unsloth"), ("reference",)])
+def test_the_default_job_runs_on_cards_of_12_16_and_24_gb(gib: int, engines: tuple[EngineName, ...]) -> None:
+    plan = planned(spec_of(), gpu(gib, engines=engines))
+    assert plan.micro_batch * plan.accumulation == 8
+    assert (plan.peak_memory_bytes or 0) < gib * GIB
+
+
+def test_auto_takes_the_fastest_and_tells_why_the_others_lost() -> None:
+    plan = planned(spec_of(), H100)
+    assert (plan.engine, plan.precision, plan.quantization) == ("compiled", "bf16", "none")
+    others = alternatives(spec_of(), NEMOTRON_NANO_4B, [H100])
+    assert {other.engine for other in others} == set(ALL_ENGINES)
+    assert {other.quantization for other in others} == {"none", "4bit"}
+    assert all("%" in other.reason or "no faster" in other.reason for other in others)
+    small = alternatives(spec_of(), NEMOTRON_NANO_4B, [gpu(12)])
+    assert any("needs 3" in other.reason and "12.0 GiB" in other.reason for other in small)
+
+
+def test_float8_is_never_chosen_unasked() -> None:
+    assert all(c.way.precision != "fp8" for c in candidates(spec_of(), NEMOTRON_NANO_4B, [H100]))
+    assert planned(spec_of(precision="fp8"), H100).precision == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"engine": "unsloth"}, {"engine": "unsloth"}),
+        ({"engine": "reference", "quantization": "4bit"}, {"engine": "reference", "quantization": "4bit"}),
+        ({"quantization": "4bit"}, {"engine": "unsloth", "quantization": "4bit"}),
+        ({"precision": "fp32"}, {"engine": "reference", "precision": "fp32"}),
+    ],
+)
+def test_what_the_spec_names_binds(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    plan = planned(spec_of(**fields), H100)
+    assert {name: getattr(plan, name) for name in expected} == expected
+
+
+def test_an_architecture_that_the_compiled_engine_does_not_know_gets_another() -> None:
+    odd = ModelShape.from_json(NEMOTRON_NANO_4B.to_json() | {"model_type": "gemma2"})
+    assert "gemma2" not in COMPILED_ARCHITECTURES
+    assert planned(spec_of(), H100, odd).engine == "unsloth"
+    old = gpu(32, "Tesla V100-SXM2-32GB")
+    assert {(c.way.engine, c.way.precision) for c in candidates(spec_of(), SMOLLM2_135M, [old])} == {
+        ("reference", "fp32")
     }
-    raw = json.dumps(header).encode()
-    (folder / weights).write_bytes(struct.pack("<Q", len(raw)) + raw)
-    return folder
 
 
-def test_a_local_model_is_known_from_its_files(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "tiny")
-    info = find_model(Settings(models_root=tmp_path), "local/tiny")
-    assert info.modules == {"q_proj", "up_proj"}
-    assert (info.context_length, info.parameters, info.path) == (2048, 800 + 64 + 128 + 8, folder)
+def test_a_model_of_unknown_shape_gets_a_careful_plan_without_predictions() -> None:
+    plan = planned(spec_of(), H100, None)
+    assert (plan.engine, plan.quantization, plan.gradient_checkpointing) == ("unsloth", "4bit", "all")
+    assert (plan.micro_batch, plan.accumulation) == (2, 4)
+    assert plan.peak_memory_bytes is None
+    plain = planned(spec_of(), gpu(24, engines=("reference",)), None)
+    assert (plain.quantization, plain.gradient_checkpointing) == ("none", "all")
+    smaller = cheaper_plan(spec_of(), None, [gpu(24, engines=("reference",))], [plain])
+    assert smaller is not None
+    assert smaller.quantization == "4bit"
+    assert smaller.peak_memory_bytes is None
 
 
-def test_the_models_of_this_box_are_listed(tmp_path: Path) -> None:
-    make_model(tmp_path / "tiny")
-    make_model(tmp_path / "pickled", "pytorch_model.bin")
-    (tmp_path / "not a model").mkdir()
-    (tmp_path / "file").write_text("")
-    found = [m.id for m in list_models(Settings(models_root=tmp_path))]
-    assert [i for i in found if i.startswith("local/")] == ["local/tiny"]
-    assert list_models(Settings(models_root=tmp_path, model_allow="other/*")) == []
+def test_several_gpus_share_the_effective_batch() -> None:
+    spec = spec_of().model_copy(update={"gpus": 2})
+    box = [H100, gpu(80, H100.name)]
+    plan = make_plan(spec, NEMOTRON_NANO_4B, box)
+    assert plan is not None
+    assert plan.gpus == 2
+    assert plan.micro_batch * plan.accumulation * plan.gpus == 8
+    alone = planned(spec_of(), H100)
+    assert (plan.tokens_per_second or 0) > 1.5 * (alone.tokens_per_second or 0)
+    assert make_plan(spec, NEMOTRON_NANO_4B, [H100]) is None
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("local/pickled", "pickle"),
-        ("local/absent", "no local model"),
-        ("local/empty", r"holds no \*.safetensors"),
-        ("local/broken", "can't be read"),
-        ("bundled/other", f"bundled one is {BUNDLED_MODEL}"),
-        ("evil/model", "not allowed"),
-    ],
+def test_after_running_out_of_memory_plans_get_cheaper_until_there_is_none() -> None:
+    tried = [planned(spec_of(), H100)]
+    while (following := cheaper_plan(spec_of(), NEMOTRON_NANO_4B, [H100], tried)) is not None:
+        assert (following.peak_memory_bytes or 0) < 0.95 * (tried[-1].peak_memory_bytes or 0)
+        assert following.micro_batch * following.accumulation == 8
+        tried.append(following)
+    assert 3 <= len(tried) <= 8
+    assert tried[-1].micro_batch == 1
+    # With the memory that there really is, the next one fits it at once.
+    second = cheaper_plan(spec_of(), NEMOTRON_NANO_4B, [gpu(12, H100.name)], tried[:1])
+    assert second is not None
+    assert fits(second.peak_memory_bytes or 0, gpu(12))
+
+
+def test_on_a_cpu_the_next_plan_recomputes_or_splits() -> None:
+    spec = spec_of(max_seq_length=64)
+    first = planned(spec, CPU, SMOLLM2_135M)
+    second = cheaper_plan(spec, SMOLLM2_135M, [CPU], [first])
+    assert second is not None
+    assert second.micro_batch * second.accumulation == 8
+    assert (second.micro_batch, second.gradient_checkpointing) != (2, "none")
+
+
+specs = st.builds(
+    lambda batch, accumulation, length, packing, r, dropout, fields: spec_of(
+        max_seq_length=length,
+        packing=packing,
+        lora={"r": r, "dropout": dropout},
+        training={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation},
+        **fields,
+    ),
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.sampled_from([128, 1000, 2048, 4096, 8192, 32768]),
+    st.booleans(),
+    st.sampled_from([1, 16, 64]),
+    st.sampled_from([0.0, 0.05]),
+    st.sampled_from(
+        [{}, {"engine": "unsloth"}, {"quantization": "4bit"}, {"precision": "fp8"}, {"quantization": "none"}]
+    ),
 )
-def test_a_model_that_cannot_be_used_is_refused_with_the_reason(
-    tmp_path: Path, model: str, message: str
+
+
+@given(spec=specs, shape=st.sampled_from(SHAPES), gib=st.integers(4, 80), more=st.integers(1, 100))
+def test_more_memory_never_makes_a_slower_plan(spec: JobSpec, shape: ModelShape, gib: int, more: int) -> None:
+    name = "NVIDIA L40S"
+    less, roomy = (make_plan(spec, shape, [gpu(size, name)]) for size in (gib, gib + more))
+    if less is not None:
+        assert roomy is not None
+        assert (roomy.tokens_per_second or 0) >= (less.tokens_per_second or 0)
+
+
+@given(
+    spec=specs, shape=st.sampled_from([*SHAPES, None]), gib=st.integers(4, 141), gpus=st.sampled_from([1, 2])
+)
+def test_every_plan_keeps_the_effective_batch_and_fits(
+    spec: JobSpec, shape: ModelShape | None, gib: int, gpus: int
 ) -> None:
-    make_model(tmp_path / "pickled", "pytorch_model.bin")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("{}")
-    make_model(tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\xff" * 16)
-    settings = Settings(models_root=tmp_path, model_allow="local/*,bundled/*")
-    with pytest.raises(InvalidRequest, match=message) as caught:
-        find_model(settings, model)
-    assert caught.value.param == "model"
-
-
-def test_without_a_models_root_there_are_no_local_models() -> None:
-    with pytest.raises(InvalidRequest, match="TUNEYARD_MODELS_ROOT"):
-        find_model(Settings(), "local/x")
+    spec = spec.model_copy(update={"gpus": gpus})
+    box = [gpu(gib, "NVIDIA L40S")] * gpus
+    plan = make_plan(spec, shape, box)
+    tried = [] if plan is None else [plan]
+    while tried and (following := cheaper_plan(spec, shape, box, tried)):
+        tried.append(following)
+    for made in [*tried, *alternatives(spec, shape, box)]:
+        assert made.micro_batch * made.accumulation * made.gpus == effective_batch(spec)
+        # What a plan costs is told by what it says and the spec alone: the sequence length is the spec's.
+        if shape is not None:
+            assert made.peak_memory_bytes == peak_bytes(way_of(made), shape, spec)
+    if plan is not None and plan.peak_memory_bytes is not None:
+        assert fits(plan.peak_memory_bytes, box[0])
 
 
 @pytest.mark.parametrize(
-    ("spec", "param"),
+    ("fields", "device", "code", "param", "said"),
     [
-        ({"max_samples": 1001}, "max_samples"),
-        ({"max_seq_length": 5000}, "max_seq_length"),
-        ({"max_seq_length": 2049}, "max_seq_length"),
-        (
-            {"training": {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 3}},
-            "training.gradient_accumulation_steps",
-        ),
-        ({"lora": {"target_modules": ["q_proj", "z_proj"]}}, "lora.target_modules"),
-        ({"dataset": {"source": "hub", "id": "other/data"}}, "dataset.id"),
-        ({"validation_dataset": {"source": "hub", "id": "other/data"}}, "validation_dataset.id"),
-        ({"priority": "high"}, "priority"),
+        ({"engine": "compiled"}, CPU, "needs_gpu", "engine", "reference engine"),
+        ({"engine": "unsloth"}, CPU, "needs_gpu", "engine", "needs a GPU"),
+        ({"quantization": "4bit"}, CPU, "needs_gpu", "quantization", "needs a GPU"),
+        ({"precision": "fp8"}, CPU, "needs_gpu", "precision", "needs a GPU"),
+        ({"precision": "bf16"}, CPU, "needs_gpu", "precision", "needs a GPU"),
+        ({"engine": "unsloth"}, gpu(80, engines=("reference",)), "not_available_here", "engine", "reference"),
+        ({"precision": "fp8"}, gpu(80, "NVIDIA A100-SXM4-80GB"), "not_available_here", "precision", "A100"),
+        ({"quantization": "none"}, gpu(8), "does_not_fit", "quantization", "4bit"),
+        ({"max_seq_length": 131072}, gpu(24), "does_not_fit", "max_seq_length", "max_seq_length 65536"),
+        ({"precision": "fp32"}, gpu(16), "does_not_fit", "precision", "precision auto"),
+        ({}, gpu(4), "does_not_fit", "model", "smaller model"),
+        ({}, Device("cpu", 0, "CPU", 8 << 30), "does_not_fit", "model", "8.0 GiB"),
     ],
 )
-def test_the_servers_limits_name_the_field(spec: dict[str, Any], param: str) -> None:
-    settings = Settings(
-        max_samples=1000, max_seq_length=4096, max_effective_batch=128, dataset_allow="glaiveai/*"
-    )
-    model = ModelInfo("local/x", "local", context_length=2048, modules=frozenset({"q_proj", "v_proj"}))
-    base = {"max_seq_length": 2048, "lora": {"target_modules": ["q_proj"]}}
-    check_spec(JobSpec.from_json(base), settings, model, admin=False)
+def test_what_no_device_can_run_is_refused_with_what_would_do(
+    fields: dict[str, Any], device: Device, code: str, param: str, said: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        check_spec(JobSpec.from_json(base | spec), settings, model, admin=False)
-    assert caught.value.param == param
+        check_runnable(spec_of(**fields), NEMOTRON_NANO_4B, [[device]])
+    assert (caught.value.error_code, caught.value.param) == (code, param)
+    assert said in caught.value.message
+    check_runnable(spec_of(**fields), NEMOTRON_NANO_4B, [])
+    check_runnable(spec_of(**fields), NEMOTRON_NANO_4B, [[device], [H100]])
 
 
-def test_an_admin_may_post_high_priority_and_unknown_models_are_not_judged() -> None:
-    spec = JobSpec.from_json({"priority": "high", "lora": {"target_modules": ["anything"]}})
-    check_spec(spec, Settings(), ModelInfo("a/b", "hub"), admin=True)
-
-
-def test_a_plan_takes_the_gpu_and_keeps_the_effective_batch() -> None:
-    spec = JobSpec.from_json({})
-    assert make_plan(spec, []) is None
-    on_cpu, on_gpu = make_plan(spec, [CPU]), make_plan(spec, [CPU, GPU])
-    assert on_cpu is not None
-    assert on_gpu is not None
-    assert (on_cpu.device, on_cpu.precision) == ("cpu", "fp32")
-    assert (on_gpu.device, on_gpu.precision) == ("cuda", "bf16")
-    assert on_gpu.micro_batch * on_gpu.accumulation == 8
+def test_the_compiled_engine_refuses_what_it_does_not_know() -> None:
+    odd = ModelShape.from_json(NEMOTRON_NANO_4B.to_json() | {"model_type": "gemma2"})
+    with pytest.raises(InvalidRequest, match="gemma2"):
+        check_runnable(spec_of(engine="compiled"), odd, [[H100]])
 
 
 @pytest.mark.parametrize(
-    ("training", "rows", "steps"),
+    ("name", "tflops", "bf16", "fp8"),
     [
-        ({"max_steps": 7}, None, 7),
-        ({}, None, None),
-        ({"num_train_epochs": 3}, 16, 6),
-        ({"num_train_epochs": 3}, 17, 9),
-        ({"num_train_epochs": 0.5}, 16, 1),
+        ("NVIDIA H100 80GB HBM3", 989, True, True),
+        ("NVIDIA H200", 989, True, True),
+        ("NVIDIA A100-SXM4-80GB", 312, True, False),
+        ("NVIDIA A10G", 70, True, False),
+        ("NVIDIA RTX A4000", 77, True, False),
+        ("NVIDIA L4", 121, True, True),
+        ("NVIDIA L40S", 362, True, True),
+        ("NVIDIA GeForce RTX 4080 SUPER", 98, True, True),
+        ("NVIDIA GeForce RTX 3090", 71, True, False),
+        ("Tesla T4", 65, False, False),
+        ("NVIDIA GeForce RTX 2080 Ti", 54, False, False),
+        ("NVIDIA RTX 2000 Ada Generation", 70, True, True),
+        ("A card of next year", 70, True, False),
     ],
 )
-def test_steps_follow_from_rows_and_batch(
-    training: dict[str, Any], rows: int | None, steps: int | None
+def test_gpus_are_known_by_name_and_others_by_their_memory(
+    name: str, tflops: float, bf16: bool, fp8: bool
 ) -> None:
-    assert count_steps(JobSpec.from_json({"training": training}), rows) == steps
+    device = gpu(24, name)
+    assert (device.peak_flops / 1e12, device.bf16, device.fp8) == (tflops, bf16, fp8)
 
 
-def test_an_estimate_says_what_is_known_and_null_for_the_rest() -> None:
-    spec = JobSpec.from_json({"max_seq_length": 1000, "exports": ["merged_16bit", "gguf:q8_0"]})
-    model = ModelInfo("local/x", "local", parameters=1_000_000)
-    unknown = estimate(spec, ModelInfo("a/b", "hub"), None, None)
-    assert {k for k, v in unknown.items() if v is None} == {
-        "plan", "tokens", "steps", "seconds", "peak_memory_bytes", "disk_bytes",
-    }  # fmt: skip
-    known = estimate(spec, model, {"rows_used": 100, "characters": 360_000}, make_plan(spec, [CPU]))
-    assert known["tokens"] == 100_000
-    assert known["steps"] == 39
-    assert known["disk_bytes"] == 3_062_500
-    for field, value in (("max_samples", 50), ("validation_fraction", 0.5)):
-        half = JobSpec.from_json({field: value})
-        assert estimate(half, model, {"rows_used": 100, "characters": 360_000}, None)["tokens"] == 50_000
+def test_a_device_whose_memory_is_not_known_fits_anything() -> None:
+    assert fits(1 << 50, Device("cuda", 0, "NVIDIA GH200", 0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shared.database import Database
-from shared.planner import Device
+from shared.device import Device
 from shared.queue import Doorbell
 from shared.settings import Settings
 from worker.supervisor import Supervisor

@@ -11,8 +11,8 @@ import pytest
 
 from shared.clock import utcnow
 from shared.database import Database
+from shared.device import Device
 from shared.plan import Plan
-from shared.planner import Device
 from shared.repository import jobs, keys, logs
 from shared.settings import Settings
 from shared.spec import JobSpec

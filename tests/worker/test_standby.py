@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from shared.database import Database
+from shared.device import Device
 from shared.plan import EngineName
-from shared.planner import Device
 from shared.settings import Settings
 from tests.conftest import wait_for
 from tests.samples import make_job

@@ -1,0 +1,86 @@
+"""What a job can run on, and what a GPU of that name can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from shared.plan import EngineName
+from shared.tables import WorkerRow
+
+# Dense 16-bit matrix products in TFLOP/s from the makers' data sheets, by whole words of the name that
+# nvidia-smi gives. The first that is found counts.
+PEAK_TFLOPS = (
+    ("B200", 2250), ("GB200", 2250), ("H200 NVL", 835), ("H200", 989), ("GH200", 989), ("H100 PCIe", 756),
+    ("H100 NVL", 835), ("H100", 989), ("H800", 989), ("H20", 148), ("A100", 312), ("A800", 312),
+    ("A40", 150), ("A30", 165), ("A10G", 70), ("A10", 125), ("A16", 18), ("A2", 18), ("L40S", 362),
+    ("L40", 181), ("L4", 121), ("RTX PRO 6000", 500), ("RTX 6000 Ada", 364), ("RTX 5000 Ada", 261),
+    ("RTX 4500 Ada", 159), ("RTX 4000 Ada", 107), ("A6000", 155), ("A5500", 136), ("A5000", 111),
+    ("A4500", 95), ("A4000", 77), ("A2000", 32), ("5090", 210), ("5080", 113), ("5070 Ti", 88), ("5070", 62),
+    ("5060", 48), ("4090", 165), ("4080", 98), ("4070 Ti", 80), ("4070", 58), ("4060 Ti", 44), ("4060", 30),
+    ("3090 Ti", 80), ("3090", 71), ("3080 Ti", 68), ("3080", 60), ("3070", 41), ("3060", 26), ("V100", 112),
+    ("T4", 65), ("P100", 19), ("2080 Ti", 54), ("2080", 40), ("2070", 30), ("2060", 26),
+)  # fmt: skip
+# A GPU that is not in the table is taken for a plain one with so much memory, in GB.
+PEAK_BY_MEMORY = ((70, 312), (40, 150), (20, 70), (0, 40))
+# Before Ampere there is no bfloat16; float8 products came with Ada and Hopper.
+NO_BF16 = re.compile(r"V100|\bT4\b|P100|\bP40?\b|K80|M60|TITAN|GTX|RTX 20[678]0|Quadro|\bT\d{3,4}\b")
+FP8 = re.compile(r"H\d{2,3}|B\d{3}|L4|Ada|RTX PRO|RTX [45]0\d\d")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One slot of a worker: a GPU (`index` as CUDA counts it) or the CPU. Memory in bytes, 0: not known.
+
+    `engines` are those that the worker has installed and this device can run.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    index: int
+    name: str
+    memory_bytes: int
+    engines: tuple[EngineName, ...] = ("reference",)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        return cls(**stored | {"engines": tuple(stored["engines"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "index": self.index,
+            "name": self.name,
+            "memory_bytes": self.memory_bytes,
+            "engines": list(self.engines),
+        }
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in bfloat16 at speed."""
+        return self.kind == "cuda" and NO_BF16.search(self.name) is None
+
+    @property
+    def fp8(self) -> bool:
+        return self.bf16 and FP8.search(self.name) is not None
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense 16-bit operations a second that a GPU does at best."""
+        for part, tflops in PEAK_TFLOPS:
+            if re.search(rf"\b{part}\b", self.name):
+                return tflops * 1e12
+        gigabytes = self.memory_bytes / 1e9
+        return next(tflops for least, tflops in PEAK_BY_MEMORY if gigabytes >= least) * 1e12
+
+    @property
+    def cores(self) -> int:
+        """Cores of a CPU, which its name tells; 1 if it doesn't."""
+        told = re.search(r"(\d+) cores", self.name)
+        return int(told.group(1)) if told else 1
+
+
+def boxes_of(workers: Iterable[WorkerRow]) -> list[list[Device]]:
+    """The slots of each worker on line."""
+    return [[Device.from_json(slot) for slot in worker.slots] for worker in workers]
