@@ -26,6 +26,7 @@ class EngineCosts:
     dropout `dropout` times more. `boundary`: bytes x hidden left on the GPU of a layer that is recomputed.
     `buffers`: bytes x (hidden + queries + intermediate), a token, of one layer's gradients on their way.
     `mask`: bytes for each pair of tokens in a micro-batch, where attention takes a mask over all of it.
+    `logits`: bytes x vocabulary of the loss: tokens of a chunk times bytes of a logit in all its copies.
     `efficiency`: share of the device's peak that the arithmetic reaches; with bf16 weights and no dropout,
     and what is left of that with 4-bit weights, with dropout, in fp8. `layer_seconds`: least time for a layer
     forward and backward, however few its tokens. `varlen`: attention computes within documents alone.
@@ -41,6 +42,7 @@ class EngineCosts:
     boundary: float
     buffers: float
     mask: float
+    logits: float
     efficiency: float
     with_4bit: float
     with_dropout: float
@@ -53,23 +55,23 @@ class EngineCosts:
 ENGINES: dict[EngineName, EngineCosts] = {
     # Eager operations, each of which keeps its inputs; norms in float32; one copy of its input per adapter.
     "reference": EngineCosts(
-        checkpointing=("none", "all"),
+        checkpointing=("none", "some", "all"),
         hidden=8, queries=10, keys=0, intermediate=6, adapters=2, dropout=1,
-        boundary=2, buffers=4, mask=1,
+        boundary=2, buffers=4, mask=1, logits=256 * 10,
         efficiency=0.25, with_4bit=0.96, with_dropout=1.0, with_fp8=1.0, layer_seconds=2.5e-3, varlen=False,
     ),
     # Fused layers, which keep what the compiler could not compute again; dropout is drawn again, not kept.
     "compiled": EngineCosts(
         checkpointing=("none", "some", "all"),
         hidden=8, queries=4, keys=4, intermediate=6, adapters=0, dropout=0,
-        boundary=2, buffers=4, mask=0,
+        boundary=2, buffers=4, mask=0, logits=1024 * 4,
         efficiency=0.42, with_4bit=1.0, with_dropout=0.97, with_fp8=1.10, layer_seconds=0.6e-3, varlen=True,
     ),
     # Layer inputs wait in the host's memory: one layer's activations are all that the GPU holds.
     "unsloth": EngineCosts(
         checkpointing=("none", "all"),
         hidden=8, queries=4, keys=4, intermediate=6, adapters=0, dropout=2.75,
-        boundary=0, buffers=1, mask=0,
+        boundary=0, buffers=1, mask=0, logits=1024 * 4,
         efficiency=0.44, with_4bit=0.94, with_dropout=0.91, with_fp8=1.0, layer_seconds=1.5e-3, varlen=True,
     ),
 }  # fmt: skip
@@ -79,8 +81,6 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 FP8_BYTES = 2.0
 # Adapters in float32, their gradients, and two moments of the optimiser, in 8 or 32 bits each.
 ADAPTER_BYTES = {"adamw_8bit": 4 + 4 + 2, "adamw_torch": 4 + 4 + 8}
-# The loss takes the logits of so many tokens at a time: as 16-bit, as float32, and their gradients.
-HEAD_TOKENS, HEAD_BYTES = 256, 10
 # The allocator's share of what it can't use, and libraries' workspaces.
 SLACK, WORKSPACE = 0.04, 0.15 * GIB
 # What the driver takes of the card for the process; measured peaks don't count it.
@@ -129,7 +129,7 @@ def peak_bytes(way: Way, shape: ModelShape, spec: JobSpec) -> int:
     kept += tokens * wide * recomputed * costs.boundary * shape.hidden
     kept += tokens * wide * costs.buffers * (shape.hidden + shape.queries + shape.intermediate)
     kept += tokens * (tokens if spec.packing else spec.max_seq_length) * wide * costs.mask
-    kept += min(HEAD_TOKENS, tokens) * shape.vocab * HEAD_BYTES
+    kept += costs.logits * shape.vocab
     if way.quantization == "4bit":
         # The widest matrix, in 16 bits, while it is multiplied.
         kept += 2 * 2 * shape.hidden * shape.intermediate

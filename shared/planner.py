@@ -196,8 +196,10 @@ def _weights(
         found.append(("none", "fp32" if spec.precision == "fp32" or not device.bf16 else "bf16"))
     elif engine == "compiled":
         known = shape is not None and shape.model_type in COMPILED_ARCHITECTURES
+        # It pads each micro-batch to its full size, which costs most where rows aren't packed.
+        wanted = spec.packing or spec.engine == "compiled"
         # Float8 rounds the weights, so it is for those who name it.
-        if device.bf16 and known:
+        if device.bf16 and known and wanted:
             found.append(("none", "fp8" if spec.precision == "fp8" and device.fp8 else "bf16"))
     elif device.bf16:
         found.append(("none", "bf16"))
