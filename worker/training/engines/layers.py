@@ -16,6 +16,8 @@ FLOAT8_MAX = torch.finfo(FLOAT8).max
 # Multipliers of the 32-bit finaliser of MurmurHash3 and the golden ratio, as signed numbers.
 GOLDEN, MIX_1, MIX_2 = -1640531535, -2048144789, -1028477387
 MAX_INT32 = 2**31 - 1
+# In the models that this engine takes.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def register_attention(name: str) -> None:
@@ -87,15 +89,17 @@ class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]
 
 def fuse_adapters(model: Any) -> None:
     """Turn the PEFT model's LoRA linears into fused ones, in place; their parameters stay what they are."""
-    modules = _adapted(model)
+    modules = [(name, module) for name, module in model.named_modules() if _is_adapted(module)]
+    # Those that read one input share its mask: the compiler computes what they drop once.
+    inputs = list(dict.fromkeys(_input_of(name) for name, _ in modules))
     device = next(model.parameters()).device
-    # One tensor for all, so that drawing new seeds is one kernel.
-    # Compiled code wants its inputs aligned to 16 bytes.
-    seeds = torch.zeros(len(modules), 4, dtype=torch.int32, device=device)
+    # One tensor for all, so that drawing new seeds is one kernel; in steps of 16 bytes, as compiled code
+    # wants its inputs aligned.
+    seeds = torch.zeros(len(inputs), 4, dtype=torch.int32, device=device)
     model.register_buffer("lora_seeds", seeds, persistent=False)
-    for number, module in enumerate(modules):
+    for name, module in modules:
         module.__class__ = FusedLora
-        module.seed = seeds[number, 0]
+        module.seed = seeds[inputs.index(_input_of(name)), 0]
         dropout = module.lora_dropout["default"]
         module.dropout_share = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
         module.float8 = None
@@ -116,7 +120,9 @@ def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, share: float) -> torch.T
     if share == 0:
         return x
     bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    bits = bits * GOLDEN + seed
+    # The seed comes in twice, or the mask of one seed would be that of another in another order. It comes in
+    # first of all, or the compiler would fold the product into an index of more than 32 bits.
+    bits = (bits ^ seed) * GOLDEN + seed
     # Shifts keep the sign: what they bring in from it is masked away.
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * MIX_1
     bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * MIX_2
@@ -197,4 +203,15 @@ def _rows_to_float8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _adapted(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    return [module for module in model.modules() if _is_adapted(module)]
+
+
+def _is_adapted(module: Any) -> bool:
+    return isinstance(module, peft.tuners.lora.Linear)
+
+
+def _input_of(name: str) -> str:
+    """What names the input of an adapted module: its parent, and which of the parent's inputs it reads."""
+    parent, _, last = name.rpartition(".")
+    shared = next((group[0] for group in SAME_INPUT if last in group), last)
+    return f"{parent}.{shared}"

@@ -8,7 +8,12 @@ from typing import Any
 from shared.plan import Plan
 from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
-from worker.training.engines.adapters import check_target_modules, decoder_layers, start_adapter
+from worker.training.engines.adapters import (
+    check_target_modules,
+    checkpointed,
+    decoder_layers,
+    start_adapter,
+)
 from worker.training.models import ResolvedModel, unavailable
 
 
@@ -88,7 +93,7 @@ def read_back(trainer: Any) -> dict[str, Any]:
     return {
         "attention": attention_dispatch.select_attention_backend(use_varlen=True),
         "variable_length": attention_dispatch._TORCH_VARLEN_ATTN is not None,
-        "gradient_checkpointing": "all" if getattr(base.model, "gradient_checkpointing", False) else "none",
+        "gradient_checkpointing": checkpointed(base),
         "layers": len(layers),
         "fused_layers": fused,
     }

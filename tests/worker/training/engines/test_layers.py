@@ -28,7 +28,7 @@ def adapted(tiny_model: Path, dropout: float, attention: str = "sdpa") -> Any:
         tiny_model, dtype=torch.float32, attn_implementation=attention
     )
     torch.manual_seed(0)
-    modules = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    modules = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=modules)
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
@@ -107,6 +107,13 @@ def test_each_micro_batch_draws_new_masks_and_evaluation_none(tiny_model: Path) 
     assert not torch.equal(first, logits())
     seeds = model.lora_seeds[:, 0].tolist()
     assert len(set(seeds)) == len(seeds) > 4
+    # What reads one input drops the same of it.
+    attention, mlp = (
+        model.base_model.model.model.layers[0].self_attn,
+        model.base_model.model.model.layers[0].mlp,
+    )
+    assert attention.q_proj.seed.data_ptr() != attention.o_proj.seed.data_ptr()
+    assert mlp.up_proj.seed.data_ptr() == mlp.gate_proj.seed.data_ptr() != mlp.down_proj.seed.data_ptr()
     model.eval()
     draw_seeds(model)
     assert model.lora_seeds[:, 0].tolist() == seeds
