@@ -14,6 +14,7 @@ import warnings
 from typing import Any, NoReturn
 
 from shared.data.conversation import Call
+from shared.data.depth import is_too_deep
 
 # A repair tries every place for one brace: beyond this it would take too long.
 MAX_REPAIRED = 2000
@@ -53,6 +54,8 @@ def read_call(text: str) -> tuple[Call, str, bool] | None:
         call.to_json()
     except (ValueError, RecursionError):
         return None
+    if is_too_deep(call.arguments, text):
+        return None
     if rest.strip() and _ONLY_BRACES.fullmatch(rest):
         return call, "", True
     return call, rest, repaired
@@ -69,6 +72,8 @@ def read_arguments(text: str) -> Any:
         json.dumps(value, allow_nan=False)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if is_too_deep(value, text):
+        raise ValueError("nested too deeply")
     if text[end:].strip():
         raise ValueError("something follows the arguments")
     if isinstance(value, str):

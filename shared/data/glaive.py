@@ -26,6 +26,7 @@ from typing import Any
 
 from shared.data.calls import read_call
 from shared.data.conversation import Call, Conversation, Dropped, Role, Turn, checked
+from shared.data.depth import is_too_deep
 
 END = "<|endoftext|>"
 MARKER = "<functioncall>"
@@ -194,6 +195,8 @@ def find_functions(system: str) -> tuple[tuple[dict[str, Any], ...], int, int]:
             except (ValueError, RecursionError):
                 break
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+                break
+            if is_too_deep(value, system[position:end_of_one]):
                 break
             found.append(value)
             end = end_of_one

@@ -11,6 +11,7 @@ from typing import Any
 from shared.data.chatml import TrainOn, render
 from shared.data.conversation import Conversation, Dropped
 from shared.data.formats import conversations, parse_row
+from shared.data.keys import Keys
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally, counts_of
 from shared.errors import DatasetError
@@ -59,7 +60,7 @@ def inspect_rows(
     """As `inspect_file`, for rows from anywhere."""
     found, parsed = conversations(rows, data_format)
     tally = Tally()
-    seen: set[int] = set()
+    seen = Keys()
     # Lengths are counted in a table: a file of millions of rows has far fewer different lengths.
     lengths: dict[int, int] = {}
     trained_characters = 0
@@ -109,15 +110,11 @@ def row_at(path: Path, data_format: str, line: int) -> Conversation | Dropped:
     raise DatasetError(f"No row begins at line {line}.", line)
 
 
-def unique(row: Conversation | Dropped, seen: set[int]) -> Conversation | Dropped:
+def unique(row: Conversation | Dropped, seen: Keys) -> Conversation | Dropped:
     """The row, or Dropped if an earlier one said the same; `seen` keeps the keys."""
     if isinstance(row, Dropped):
         return row
-    key = row.key()
-    if key in seen:
-        return Dropped("duplicate", row.line)
-    seen.add(key)
-    return row
+    return row if seen.add(row.key()) else Dropped("duplicate", row.line)
 
 
 def check_usable(tally: Tally) -> None:

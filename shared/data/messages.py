@@ -9,6 +9,7 @@ from typing import Any
 from shared.data.calls import read_arguments, read_call
 from shared.data.chatml import system_text
 from shared.data.conversation import Call, Conversation, Dropped, Role, Turn, checked
+from shared.data.depth import is_too_deep
 from shared.data.glaive import MARKER, calls_turn
 
 ROLES: dict[str, Role] = {
@@ -96,9 +97,10 @@ def listed(value: Any) -> Any:
     """A list that was written as a JSON text, as CSV and some Parquet files have it; else the value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
+            found = json.loads(value)
         except (ValueError, RecursionError):
             return value
+        return value if is_too_deep(found, value) else found
     return value
 
 
@@ -257,10 +259,13 @@ def _dumped(value: Any) -> str:
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """A row's tools: a list of functions, or a JSON text of one; nothing for null, "" and []."""
     if isinstance(value, str):
+        text = value
         try:
-            value = json.loads(value) if value.strip() else None
+            value = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
             raise RowError("invalid_tools") from None
+        if is_too_deep(value, text):
+            raise RowError("invalid_tools")
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from shared.data.parquet_pages import largest_pages
 from shared.errors import DatasetError
 
 PARQUET_MAGIC = b"PAR1"
@@ -16,10 +17,10 @@ CHUNK = 2**20
 # Text rarely packs better than 20:1, copies of one row up to a few hundred; a bomb reaches 1,000 and more.
 MAX_RATIO = 250
 ALWAYS_ALLOWED = 64 * 2**20
-# Parquet unpacks whole pages and row groups: this much of one may be in memory.
-MAX_ROW_GROUP = 2**30
+# Parquet unpacks whole pages, one of each column at a time: this much of them may be in memory.
+MAX_PAGES_BYTES = 512 * 2**20
 BATCH_ROWS = 64
-# No cell is larger than its row group, but a dictionary gives one cell to many rows: this much for a batch.
+# No cell is larger than its page, but a dictionary gives one cell to many rows: this much for a batch.
 MAX_BATCH = 128 * 2**20
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -69,29 +70,36 @@ def parquet_rows(path: Path, max_row_bytes: int) -> Iterator[tuple[int, dict[str
     """Rows of a Parquet file with their 1-based numbers.
 
     Raises:
-        DatasetError: damaged or cut off, a row of more bytes, or a row group too large to unpack in memory.
+        DatasetError: damaged or cut off, a row of more bytes, or pages too large to unpack in memory.
     """
     parquet = _pyarrow("pyarrow.parquet", "A Parquet file")
     errors = _pyarrow("pyarrow", "A Parquet file")
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-            for group, size in enumerate(sizes):
-                if size > MAX_ROW_GROUP:
+        # With a buffer, a column's pages are read as they are needed.
+        with path.open("rb") as raw, parquet.ParquetFile(path, buffer_size=CHUNK) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            pages = [largest_pages(raw, group) for group in groups]
+            for group, largest in enumerate(pages):
+                if largest.both > MAX_PAGES_BYTES:
                     raise DatasetError(
-                        f"Row group {group + 1} of the Parquet file unpacks to more than {MAX_ROW_GROUP:,} "
-                        "bytes: write it with smaller row groups."
+                        f"The pages of row group {group + 1} of the Parquet file unpack to more than "
+                        f"{MAX_PAGES_BYTES:,} bytes: write it with smaller pages or row groups."
                     )
-            for group, size in enumerate(sizes):
-                rows = min(BATCH_ROWS, max(1, MAX_BATCH // max(1, size)))
+            for group, largest in enumerate(pages):
+                rows = min(BATCH_ROWS, max(1, MAX_BATCH // max(1, largest.unpacked)))
                 for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
                     _check_rows(batch, max_row_bytes, number)
                     for row in batch.to_pylist():
                         number += 1
                         yield number, row
-    except (errors.ArrowException, OSError) as error:
-        raise DatasetError(f"The Parquet file is damaged or cut off: {str(error)[:300]}") from error
+    except DatasetError:
+        raise
+    except (errors.ArrowException, OSError, ValueError, OverflowError) as error:
+        # Texts that are not UTF-8 and times that Python has no room for are ValueErrors too.
+        raise DatasetError(
+            f"The Parquet file is damaged or cut off near row {number + 1}: {str(error)[:300]}"
+        ) from error
 
 
 def _check_rows(batch: Any, max_row_bytes: int, before: int) -> None:

@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from shared.data.depth import MAX_DEPTH, is_too_deep
 from shared.data.packed import PARQUET_MAGIC, parquet_rows, unpacked, without_filled
 from shared.errors import DatasetError
 
 MAX_ROW_BYTES = 16 * 2**20
-MAX_DEPTH = 100
 
 Row = tuple[int, dict[str, Any]]
 
@@ -209,7 +209,7 @@ class _Buffer:
 
 
 def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
-    lines = _every_line(chunks, skipped)
+    lines = _CsvLines(chunks, skipped)
     header = next(lines)
     delimiter = max(_DELIMITERS, key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
@@ -224,6 +224,7 @@ def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
             )
         before = reader.line_num
         for cells in reader:
+            lines.taken = 0
             number, before = skipped + before + 1, reader.line_num
             if not cells:
                 continue
@@ -239,37 +240,48 @@ def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
         raise DatasetError(f"Not valid CSV at line {number}: {error}.", number) from None
 
 
-def _every_line(chunks: Iterable[bytes], skipped: int) -> Iterator[str]:
-    """Lines with their ends, empty ones too: a quoted cell may hold them."""
-    number, rest = skipped, b""
-    for chunk in chunks:
-        *parts, rest = (rest + chunk).split(b"\n")
-        for part in parts:
-            number += 1
-            yield _decoded(part, number) + "\n"
-        if len(rest) > MAX_ROW_BYTES:
-            raise _too_long(number + 1)
-    if rest:
-        yield _decoded(rest, number + 1)
+class _CsvLines:
+    """Lines with their ends, empty ones too: a quoted cell may hold them.
+
+    Attributes:
+        taken: characters since it was last set to 0, which must not become more than a row may have.
+    """
+
+    def __init__(self, chunks: Iterable[bytes], skipped: int) -> None:
+        self._lines = self._decoded(chunks, skipped)
+        self._number = skipped
+        self.taken = 0
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._number += 1
+        self.taken += len(line)
+        if self.taken > MAX_ROW_BYTES + len(line):
+            raise _too_long(self._number)
+        return line
+
+    @staticmethod
+    def _decoded(chunks: Iterable[bytes], skipped: int) -> Iterator[str]:
+        number, rest = skipped, b""
+        for chunk in chunks:
+            *parts, rest = (rest + chunk).split(b"\n")
+            for part in parts:
+                number += 1
+                yield _decoded(part, number) + "\n"
+            if len(rest) > MAX_ROW_BYTES:
+                raise _too_long(number + 1)
+        if rest:
+            yield _decoded(rest, number + 1)
 
 
 def _checked(row: Any, where: str, line: int, text: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DatasetError(f"Not a JSON object but {_KINDS.get(type(row), 'null')} at {where}.", line)
-    # Only a text with many brackets can be deep: the walk is rarely needed.
-    if not text or text.count("[") + text.count("{") > MAX_DEPTH:
-        level: list[Any] = [row]
-        for _ in range(MAX_DEPTH):
-            level = [
-                child
-                for parent in level
-                for child in (parent.values() if isinstance(parent, dict) else parent)
-                if isinstance(child, dict | list)
-            ]
-            if not level:
-                break
-        else:
-            raise DatasetError(f"Nested more than {MAX_DEPTH} levels deep at {where}.", line)
+    if is_too_deep(row, text or None):
+        raise DatasetError(f"Nested more than {MAX_DEPTH} levels deep at {where}.", line)
     return row
 
 

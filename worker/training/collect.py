@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from shared.data.conversation import Dropped
 from shared.data.formats import with_format
 from shared.data.inspect import check_usable
+from shared.data.keys import Keys
 from shared.data.reader import Row
 from shared.data.tally import Counts, Tally
 from shared.events import Control, Entry, EventSink
@@ -61,7 +62,7 @@ class Collector:
             self.tokenizer, self.template, self.limit, self.cuts, data_format, self.drop_unparsable
         )
         told = time.monotonic()
-        seen: set[int] = set()
+        seen = Keys()
         for row in encode_rows(every, spec, self.control):
             if tally.used == self.max_samples:
                 break
@@ -81,7 +82,7 @@ class Collector:
         return data_format
 
 
-def _usable(row: Encoded | Dropped, limit: int, seen: set[int]) -> Document | Dropped:
+def _usable(row: Encoded | Dropped, limit: int, seen: Keys) -> Document | Dropped:
     """
     Args:
         seen: the keys of the rows before, to which this one's is added.
@@ -89,9 +90,8 @@ def _usable(row: Encoded | Dropped, limit: int, seen: set[int]) -> Document | Dr
     if isinstance(row, Dropped):
         return row
     line = row.counts.line
-    if row.key in seen:
+    if not seen.add(row.key):
         return Dropped("duplicate", line)
-    seen.add(row.key)
     if isinstance(row.tokens, str):
         return Dropped(row.tokens, line)
     if not row.tokens.trained.any():

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from shared.data.conversation import Dropped
+from shared.data.keys import Keys
 from shared.data.reader import Row, read_rows
 from shared.data.tally import Tally
 from shared.errors import DatasetError, JobFailure
@@ -26,7 +28,7 @@ from worker.training.data_cache import DEFAULT_BYTES, cached, key_of
 from worker.training.data_report import packing_report, steps, token_report
 from worker.training.documents import Documents
 from worker.training.hub_data import hub_rows, resolved_revision
-from worker.training.packing import arranged, best_fit, in_batches
+from worker.training.packing import arranged, best_fit, in_batches, row_tokens
 from worker.training.template_choice import template_for, warn_of_template
 from worker.training.templates import Template
 from worker.training.tokenize import Tokens
@@ -227,20 +229,21 @@ def _prepare(
     """
     with Documents(folder, "train") as train, Documents(folder, "validation") as validation:
         tally, other_tally = Tally(), Tally()
-        seen: set[int] = set()
+        seen = Keys()
 
         cuts = spec.overlong_rows == "cut"
-        kept: tuple[set[int], set[int]] = (set(), set())
+        kept = (Keys(), Keys())
 
         def hold_out(document: Document) -> Dropped | None:
             if cuts and not _is_new(document.tokens, kept[0]):
                 return Dropped("duplicate", document.counts.line)
-            seen.update(_names(document))
+            for name in _names(document):
+                seen.add(name)
             validation.add(document.tokens)
             return None
 
         def take(document: Document) -> Dropped | None:
-            if seen and seen.intersection(_names(document)):
+            if len(seen) and any(name in seen for name in _names(document)):
                 return Dropped("in_validation", document.counts.line)
             if cuts and not _is_new(document.tokens, kept[1]):
                 return Dropped("duplicate", document.counts.line)
@@ -269,27 +272,30 @@ def _prepare(
             "validation": {
                 **(other_tally.to_json() if others is not None else {}),
                 "rows_used": len(validation.lengths),
-                "tokens": sum(held_out),
+                "tokens": int(held_out.sum()),
                 "trained": validation.trained_tokens,
                 "rows": len(held_out),
             },
         }
-    found = {"report": report, "longest": max(packed)}
+    found = {"report": report, "longest": int(packed.max())}
     (folder / "report.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _write(spec: JobSpec, documents: Documents, path: Path, limit: int, control: Control) -> list[int]:
+def _write(
+    spec: JobSpec, documents: Documents, path: Path, limit: int, control: Control
+) -> npt.NDArray[np.int64]:
     """Pack the documents into a file, if there are any; returns the tokens of each row."""
     lengths = documents.lengths
     if not len(lengths):
-        return []
+        return lengths
     size, seed = spec.training.per_device_train_batch_size, spec.training.seed
     if spec.packing:
         rows = arranged(best_fit(lengths, limit), lengths, size, seed)
-    else:
-        rows = in_batches(lengths, size, seed)
-    documents.write(path, rows, control)
-    return [int(lengths[row].sum()) for row in rows]
+        documents.write(path, rows, control)
+        return row_tokens(rows, lengths)
+    order = in_batches(lengths, size, seed)
+    documents.write(path, order[:, None], control)
+    return lengths[order]
 
 
 def _names(document: Document) -> tuple[int, int]:
@@ -297,12 +303,9 @@ def _names(document: Document) -> tuple[int, int]:
     return document.said, _hash(document.tokens.said)
 
 
-def _is_new(tokens: Tokens, kept: set[int]) -> bool:
+def _is_new(tokens: Tokens, kept: Keys) -> bool:
     """Whether no other document with these tokens and this mask is among the kept; adds it."""
-    name = _hash(tokens.ids, tokens.trained)
-    new = name not in kept
-    kept.add(name)
-    return new
+    return kept.add(_hash(tokens.ids, tokens.trained))
 
 
 def _hash(*arrays: npt.NDArray[Any]) -> int:

@@ -32,23 +32,23 @@ def token_report(lengths: npt.NDArray[np.int64], trained: int) -> dict[str, Any]
     }
 
 
-def packing_report(spec: JobSpec, row_tokens: list[int], limit: int) -> dict[str, Any]:
+def packing_report(spec: JobSpec, row_tokens: npt.NDArray[np.int64], limit: int) -> dict[str, Any]:
     """Slots are what the model computes on: full rows if packed, else batches padded to their longest row.
 
     Args:
-        row_tokens: tokens of each row, in the order of training.
+        row_tokens: tokens of each row, in the order of training, int64 [rows].
     """
     if spec.packing:
         slots = len(row_tokens) * limit
     else:
         size = spec.training.per_device_train_batch_size
         batches = (row_tokens[at : at + size] for at in range(0, len(row_tokens), size))
-        slots = sum(max(batch) * len(batch) for batch in batches)
+        slots = sum(int(batch.max()) * len(batch) for batch in batches)
     return {
         "enabled": spec.packing,
         "rows": len(row_tokens),
         "row_length": limit,
-        "efficiency": round(sum(row_tokens) / slots, 4),
+        "efficiency": round(int(row_tokens.sum()) / slots, 4),
     }
 
 

@@ -61,12 +61,12 @@ class Documents:
         """Hex hash of all ids and masks in order."""
         return self._hash.hexdigest()
 
-    def write(self, path: Path, rows: list[list[int]], control: Control) -> None:
+    def write(self, path: Path, rows: list[array[int]] | npt.NDArray[np.int64], control: Control) -> None:
         """Rows of documents as an Arrow stream, the form that `datasets` reads.
 
         Args:
-            rows: indices of the documents in each row. The columns are `input_ids`, `labels` (-100 where
-                nothing is learnt) and `seq_lengths`, lists of int32.
+            rows: indices of the documents in each row; int64 [rows, documents] if an array. The columns are
+                `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`, lists of int32.
         """
         for file in self._files:
             file.flush()
@@ -78,7 +78,7 @@ class Documents:
             for at in range(0, len(rows), ROWS_A_WRITE):
                 control.check()
                 group = rows[at : at + ROWS_A_WRITE]
-                members = [document for row in group for document in row]
+                members = [int(document) for row in group for document in row]
                 tokens = np.frombuffer(self._read(0, 4, starts, members), dtype=np.int32)
                 mask = np.frombuffer(self._read(1, 1, starts, members), dtype=np.bool_)
                 sizes = [int(lengths[row].sum()) for row in group]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+# A row is an array of its documents' indices, 4 bytes each: there may be many millions.
+_AT_ONCE = 2**16
 
-def best_fit(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
+
+def best_fit(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[array[int]]:
     """Best-fit decreasing: the longest document first, each into the fullest row that still has room.
 
     Args:
@@ -20,16 +25,18 @@ def best_fit(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> l
     """
     sizes = np.asarray(lengths)
     order = np.argsort(-sizes, kind="stable")
-    rows: list[list[int]] = []
+    rows: list[array[int]] = []
     # Rows by the room they have left, and the distinct rooms in order.
     by_room: dict[int, list[int]] = {}
     rooms: list[int] = []
-    for document in order.tolist():
+    for document in chain.from_iterable(
+        order[at : at + _AT_ONCE].tolist() for at in range(0, len(order), _AT_ONCE)
+    ):
         size = int(sizes[document])
         at = bisect_left(rooms, size)
         if at == len(rooms):
             row, room = len(rows), capacity
-            rows.append([])
+            rows.append(array("I"))
         else:
             room = rooms[at]
             row = by_room[room].pop()
@@ -47,24 +54,30 @@ def best_fit(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> l
 
 
 def arranged(
-    rows: list[list[int]], lengths: Sequence[int] | npt.NDArray[np.int64], first: int, seed: int
-) -> list[list[int]]:
+    rows: list[array[int]], lengths: Sequence[int] | npt.NDArray[np.int64], first: int, seed: int
+) -> list[array[int]]:
     """The rows shuffled, the `first` longest at the front: running out of memory shows at the first step."""
-    sizes = np.array([sum(int(lengths[document]) for document in row) for row in rows])
-    longest = np.argsort(-sizes, kind="stable")[:first]
+    longest = np.argsort(-row_tokens(rows, np.asarray(lengths)), kind="stable")[:first]
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     rest = shuffled[~np.isin(shuffled, longest)]
     return [rows[index] for index in [*longest.tolist(), *rest.tolist()]]
 
 
-def in_batches(lengths: Sequence[int] | npt.NDArray[np.int64], size: int, seed: int) -> list[list[int]]:
-    """Rows of one document each, for batches of rows of like lengths, which pad little.
+def row_tokens(rows: list[array[int]], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Tokens of each row, int64 [rows]."""
+    return np.fromiter((lengths[row].sum() for row in rows), np.int64, len(rows))
+
+
+def in_batches(lengths: Sequence[int] | npt.NDArray[np.int64], size: int, seed: int) -> npt.NDArray[np.int64]:
+    """The order of the documents, each a row, for batches of `size` of like lengths, which pad little.
 
     The batch of the longest comes first, the others are shuffled, one that isn't full comes last.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    batches = [order[at : at + size] for at in range(0, len(order), size)]
-    short = [batches.pop()] if len(batches[-1]) < size else []
-    shuffled = np.random.default_rng(seed).permutation(len(batches)).tolist()
-    batches = [*batches[:1], *[batches[number] for number in shuffled if number], *short]
-    return [[document] for batch in batches for document in batch]
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    full = len(order) // size
+    if not full:
+        return order
+    shuffled = np.random.default_rng(seed).permutation(full)
+    batches = order[: full * size].reshape(full, size)
+    others = batches[shuffled[shuffled != 0]].ravel()
+    return np.concatenate([batches[0], others, order[full * size :]])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
+import tempfile
 import time
 import tracemalloc
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.data import packed, reader
+from shared.data.parquet_pages import largest_pages
 from shared.data.reader import read_rows
 from shared.errors import DatasetError
 
@@ -145,11 +152,54 @@ def test_a_parquet_file_that_is_cut_off(tmp_path: Path) -> None:
         rows_of(tmp_path / "file", (tmp_path / "whole").read_bytes()[:-40])
 
 
-def test_a_parquet_row_group_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "MAX_ROW_GROUP", 100)
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "file")
-    with pytest.raises(DatasetError, match=r"Row group 1 .* smaller row groups"):
-        list(read_rows(tmp_path / "file"))
+@pytest.mark.parametrize("pages", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_a_parquet_page_that_is_too_large_is_never_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: dict[str, Any]
+) -> None:
+    path = tmp_path / "file"
+    pq.write_table(pa.table({"text": ["x" * 2**24] * 4}), path, compression="zstd", **pages)
+    monkeypatch.setattr(packed, "MAX_PAGES_BYTES", 2**23)
+    pa.default_memory_pool().release_unused()
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DatasetError, match=r"row group 1 .* unpack to more than .* smaller pages"):
+        list(read_rows(path))
+    assert pa.total_allocated_bytes() - before < 2**20
+
+
+def test_the_pages_sizes_are_those_that_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    rows = [{"a": f"{n} é" * 9, "b": {"c": [n, None], "d": [{"e": str(n)}] * 3}} for n in range(5000)]
+    for options in ({}, {"data_page_version": "2.0"}, {"use_dictionary": False, "data_page_size": 1000}):
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="gzip", **options)
+        with path.open("rb") as file:
+            group = pq.ParquetFile(path).metadata.row_group(0)
+            found = largest_pages(file, group)
+        columns = [group.column(number) for number in range(group.num_columns)]
+        # One page holds all of a column here, but where pages are small.
+        total = sum(column.total_uncompressed_size for column in columns)
+        assert 0 < found.unpacked <= total
+        assert found.unpacked > total * (0.9 if "data_page_size" not in options else 0.01)
+        assert found.both > found.unpacked
+        assert [row for _, row in read_rows(path)] == [packed.without_filled(row) for row in rows]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 3000), st.binary(min_size=1, max_size=8))
+def test_a_parquet_file_with_damage_anywhere_fails_clearly(at: int, junk: bytes) -> None:
+    whole = bytearray(parquet_bytes())
+    whole[at % len(whole) : at % len(whole) + len(junk)] = junk
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(whole)
+        with contextlib.suppress(DatasetError):
+            list(read_rows(path))
+
+
+@cache
+def parquet_bytes() -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS * 5), stream)
+    return stream.getvalue()
 
 
 def test_long_parquet_rows_in_a_dictionary_are_unpacked_a_few_at_a_time(tmp_path: Path) -> None:
@@ -231,3 +281,22 @@ def test_long_rows_of_an_array_are_read_in_linear_time(tmp_path: Path) -> None:
     began = time.monotonic()
     assert len(rows_of(tmp_path / "file", json.dumps(rows).encode())) == 2
     assert time.monotonic() - began < 10
+
+
+def test_a_csv_row_that_never_ends_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    cell = b'"' + b"x" * 1000 + b"\n" + b"x" * 1000 + b'",'
+    with path.open("wb") as file:
+        file.write(b"prompt,completion\n" + b'"a","b"\n')
+        # Each cell ends, but the row does not: there is a line break inside each.
+        file.write(b'"')
+        for _ in range(60_000):
+            file.write(b'x\ny","' + cell[1:-2] + b"x")
+    tracemalloc.start()
+    rows = read_rows(path)
+    assert next(rows)[0] == 2
+    with pytest.raises(DatasetError, match="is longer than 16 MiB"):
+        list(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * 2**20
