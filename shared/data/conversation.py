@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 
-_INVALID_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+INVALID_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One function call. `arguments` is what its JSON held: an object nearly always."""
+    """One function call.
+
+    Attributes:
+        arguments: what its JSON held: an object nearly always.
+        id: what a result names it by, for templates that write it; "" without one.
+    """
 
     name: str
     arguments: Any
+    id: str = field(default="", compare=False)
 
     def to_json(self) -> str:
         """`{"name": …, "arguments": …}` on one line, non-ASCII as it is.
@@ -41,6 +47,7 @@ class Turn:
             (a whole text), None for what the role says.
         calls: the calls that `content` holds and that could be parsed, in order.
         prose: `content` without its calls, where it has some.
+        answers, name: of a tool's turn the id of the call and the name of the function; "" if not given.
     """
 
     role: Role
@@ -48,6 +55,8 @@ class Turn:
     trained: bool | None = None
     calls: tuple[Call, ...] = ()
     prose: str = ""
+    answers: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ def _hash(value: Any) -> int:
 def checked(conversation: Conversation) -> Conversation | Dropped:
     """The last checks that every format shares."""
     for turn in conversation.turns:
-        if _INVALID_TEXT.search(turn.content):
+        if INVALID_TEXT.search(turn.content):
             return Dropped("invalid_text", conversation.line)
     if not any(turn.content.strip() for turn in conversation.turns):
         return Dropped("empty", conversation.line)

@@ -164,11 +164,19 @@ def _parse_prompt_completion(row: dict[str, Any], line: int, drop_unparsable: bo
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None or completion is None:
         return Dropped("wrong_format", line)
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    before, after = _messages(prompt, "user"), _messages(completion, "assistant")
     if not isinstance(before, list) or not isinstance(after, list):
         return Dropped("not_text", line)
     return from_turns([*before, *after], row, line, drop_unparsable, untrained=len(before))
+
+
+def _messages(value: Any, role: str) -> Any:
+    """A prompt or completion as messages, which may be written as JSON as CSV files have it."""
+    if not isinstance(value, str):
+        return value
+    found = listed(value)
+    is_list = isinstance(found, list) and all(isinstance(m, dict) and "role" in m for m in found)
+    return found if is_list and found else [{"role": role, "content": value}]
 
 
 def _parse_text(row: dict[str, Any], line: int) -> Conversation | Dropped:

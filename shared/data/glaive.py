@@ -52,7 +52,7 @@ _END_INSIDE = re.compile(r"[ \t]{0,9}<\|endoftext\|>[ \t]*")
 _JUNK = re.compile(r"\A(?:\s|﻿|<\|endoftext\|>|<\|im_end\|>)+")
 _SYSTEM_PREFIX = re.compile(r"\A\s*SYSTEM:\s*")
 # Functions begin on a line of their own; a system text with many such braces holds something else.
-_LIST_START = re.compile(r"^\{", re.MULTILINE)
+_LIST_START = re.compile(r"^\[?[ \t\n]{0,9}(?=\{)", re.MULTILINE)
 MAX_LIST_STARTS = 20
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _DECODER = json.JSONDecoder()
@@ -185,7 +185,7 @@ def parse_functions(system: str) -> tuple[dict[str, Any], ...]:
 
 def find_functions(system: str) -> tuple[tuple[dict[str, Any], ...], int, int]:
     """The functions that a system text lists, and where in it their list begins and ends (0, 0: nowhere)."""
-    starts = [match.start() for match in islice(_LIST_START.finditer(system), MAX_LIST_STARTS)]
+    starts = [match.end() for match in islice(_LIST_START.finditer(system), MAX_LIST_STARTS)]
     for start in [*starts, system.find("{")]:
         found: list[dict[str, Any]] = []
         position = end = start
@@ -203,8 +203,16 @@ def find_functions(system: str) -> tuple[tuple[dict[str, Any], ...], int, int]:
             between = _BETWEEN.match(system, end)
             position = between.end() if between else end
         if found:
-            return tuple(found), start, end
+            return tuple(found), *_with_brackets(system, start, end)
     return (), 0, 0
+
+
+def _with_brackets(system: str, start: int, end: int) -> tuple[int, int]:
+    """Where a list begins and ends, with the brackets that may stand around it."""
+    before, after = system[:start].rstrip(), system[end:].lstrip()
+    if before.endswith("[") and after.startswith("]"):
+        return len(before) - 1, len(system) - len(after) + 1
+    return start, end
 
 
 def _turn(role: Role, text: str, notes: list[str]) -> Turn:

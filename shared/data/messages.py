@@ -8,7 +8,7 @@ from typing import Any
 
 from shared.data.calls import read_arguments, read_call
 from shared.data.chatml import system_text
-from shared.data.conversation import Call, Conversation, Dropped, Role, Turn, checked
+from shared.data.conversation import INVALID_TEXT, Call, Conversation, Dropped, Role, Turn, checked
 from shared.data.depth import is_too_deep
 from shared.data.glaive import MARKER, calls_turn
 
@@ -26,6 +26,7 @@ ROLES: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "function_response": "tool",
     "ipython": "tool",
 }
 # ShareGPT has a turn of its own for a call.
@@ -65,7 +66,7 @@ def from_turns(
     notes: list[str] = []
     try:
         turns = [_turn(message, notes, number < untrained) for number, message in enumerate(messages)]
-        tools = _tools(row.get("tools"))
+        tools = _tools(_first(row, "tools", "functions"))
         system = _text(row.get("system"), notes)
     except RowError as error:
         return Dropped(error.reason, line)
@@ -110,8 +111,9 @@ def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
     name = _first(message, "role", "from")
     if not isinstance(name, str):
         raise RowError("unknown_role")
+    name = name.strip().lower().replace("-", "_")
     trained = False if is_prompt else _trained(message)
-    value = _first(message, "content", "value")
+    value = _first(message, "content", "value", "refusal")
     if name in CALL_ROLES:
         if isinstance(value, str) and _WRITTEN_CALL.match(value.lstrip()):
             return calls_turn(value, notes, trained)
@@ -120,6 +122,10 @@ def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
     if role is None:
         raise RowError("unknown_role")
     text = _text(value, notes)
+    if role == "tool":
+        return Turn(
+            role, text, trained, answers=_named(message, "tool_call_id"), name=_named(message, "name")
+        )
     if role != "assistant":
         return Turn(role, text, trained)
     reasoning = message.get("reasoning_content")
@@ -133,6 +139,12 @@ def _turn(message: Any, notes: list[str], is_prompt: bool) -> Turn:
     if not calls and _WRITTEN_CALL.search(text):
         return calls_turn(text, notes, trained)
     return _with_calls(text, calls, trained)
+
+
+def _named(message: dict[str, Any], key: str) -> str:
+    """An id or a name; "" without one, and for one that no template could write."""
+    value = message.get(key)
+    return value if isinstance(value, str) and not INVALID_TEXT.search(value) else ""
 
 
 def _trained(message: dict[str, Any]) -> bool | None:
@@ -201,12 +213,13 @@ def _one_call(call: Any, notes: list[str]) -> Call | str:
     if not isinstance(name, str):
         raise RowError("not_text")
     arguments = function.get("arguments")
+    call_id = _named(call, "id")
     if isinstance(arguments, dict | list):
-        return Call(name, arguments)
+        return Call(name, arguments, call_id)
     if isinstance(arguments, str):
         try:
             # OpenAI gives "" for a function without parameters.
-            return Call(name, read_arguments(arguments.strip() or "{}"))
+            return Call(name, read_arguments(arguments.strip() or "{}"), call_id)
         except ValueError:
             pass
     notes.append("call_unparsable")

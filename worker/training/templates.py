@@ -22,7 +22,7 @@ from shared.data.chatml import (
     chatml_template,
     render,
 )
-from shared.data.conversation import Conversation, Turn
+from shared.data.conversation import Call, Conversation, Turn
 from shared.data.glaive import find_functions
 from shared.data.messages import THINK
 
@@ -312,9 +312,9 @@ class ModelTemplate:
         for turn in turns:
             message: dict[str, Any] = {"role": turn.role, "content": turn.content}
             if turn.calls:
-                functions = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
-                calls = [{"type": "function", "function": function} for function in functions]
-                message.update(content=turn.prose, tool_calls=calls)
+                message.update(content=turn.prose, tool_calls=[_as_call(call) for call in turn.calls])
+            message |= {"tool_call_id": turn.answers} if turn.answers else {}
+            message |= {"name": turn.name} if turn.name else {}
             messages.append(message)
         tools = [
             tool if "function" in tool else {"type": "function", "function": tool}
@@ -338,6 +338,11 @@ class ModelTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             return None
         return str(text)
+
+
+def _as_call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
 
 
 def _system_in_question(conversation: Conversation) -> Conversation:

@@ -241,7 +241,12 @@ def _changed(conversation: Conversation, change: Callable[[str], str]) -> Conver
             turn,
             content=change(turn.content),
             prose=change(turn.prose),
-            calls=tuple(Call(change(call.name), _within(call.arguments, change)) for call in turn.calls),
+            calls=tuple(
+                Call(change(call.name), _within(call.arguments, change), change(call.id))
+                for call in turn.calls
+            ),
+            answers=change(turn.answers),
+            name=change(turn.name),
         )
         for turn in conversation.turns
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shared.data.chatml import render
 from shared.data.conversation import Call, Conversation, Dropped, Turn
-from shared.data.glaive import parse_functions, parse_glaive
+from shared.data.glaive import find_functions, parse_functions, parse_glaive
 
 SAMPLES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "glaive"
 END = " <|endoftext|>\n\n\n"
@@ -221,6 +221,19 @@ def test_functions_of_the_system_text() -> None:
     assert [function["name"] for function in parse_functions(text)] == ["f", "g"]
     assert parse_functions("no access to external functions") == ()
     assert parse_functions('set notation {a, b} and {"name": "f"}') == ()
+
+
+def test_functions_in_one_list() -> None:
+    functions = [{"name": "a", "parameters": {}}, {"name": "b"}]
+    for text in (
+        json.dumps(functions),
+        json.dumps(functions).replace(", {", ",\n{"),
+        json.dumps(functions, indent=2),
+    ):
+        system = f"Use these:\n{text}\nBe kind."
+        found, start, end = find_functions(system)
+        assert list(found) == functions
+        assert system[start:end] == text
 
 
 def test_hostile_rows_take_linear_time() -> None:

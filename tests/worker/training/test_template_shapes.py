@@ -176,6 +176,26 @@ def test_calls_as_the_template_writes_them_are_trained(name: str) -> None:
     assert not any(word in trained for word in ("Functions", "tools", "ipython", "response", "user"))
 
 
+def test_ids_of_calls_are_written_where_the_template_does() -> None:
+    model = model_of("role tokens")
+    model.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'tool' %}{{ m.tool_call_id }}={{ m.name }}:"
+        "{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function | tojson }}"
+        "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {**CALL, "id": "c1"}
+    chat = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call, {**call, "id": "c2"}]},
+        {"role": "tool", "content": "1", "tool_call_id": "c2", "name": "f"},
+        {"role": "assistant", "content": "a"},
+    ]
+    (tokens,) = Encoder(model, ModelTemplate(model, "assistant", True)).encode([conversation(chat)])
+    assert isinstance(tokens, Tokens)
+    assert tokens.ids.tolist() == model.apply_chat_template(chat, tokenize=True, return_dict=False)
+
+
 def test_reasoning_is_trained_where_the_template_keeps_it() -> None:
     thought = "<think>\nwhy\n</think>\n\n"
     chat = [
