@@ -13,12 +13,15 @@ from pathlib import Path
 from api.services.inspection import inspect
 
 NICENESS = 10
-MEMORY_BYTES = 4 << 30
+ADDRESS_BYTES = 4 << 30
+# What a job can prepare within 1.5 GB must be looked into within it.
+MEMORY_BYTES = 1536 << 20
 
 
 def main(path: str, format_name: str) -> None:
     os.nice(NICENESS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES, ADDRESS_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     sys.stdout.write(inspect(Path(path), format_name).to_json() + "\n")
 
 

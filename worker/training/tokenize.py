@@ -29,8 +29,10 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 CUT = "cut_at_a_turns_end"
 ESCAPED = "delimiter_escaped"
 DELIMITER_IN_TEXT = "delimiter_in_text"
-# A text of fewer characters is tokenised to know its length, which takes some hundred bytes a token.
-ALWAYS_TOKENISED = 2**16
+# A text of fewer characters is tokenised whole; a longer one in pieces first, where it may be over the limit.
+ALWAYS_TOKENISED = PIECE = 2**16
+# Tokens that there may be more of because a piece ended within a word.
+BORDER = 256
 
 Refusal = Literal["not_rendered", "too_long"]
 
@@ -69,8 +71,7 @@ class Encoder:
         self._template = template
         self._limit = limit
         self._cuts = cuts
-        longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
-        self._most = None if limit is None else max(limit * longest, ALWAYS_TOKENISED)
+        self._longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self._bos: str = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self._text_end: str = template.stop_token or tokenizer.eos_token or ""
         self._copy, self._names, self._original = _secret_copy(backend)
@@ -136,13 +137,30 @@ class Encoder:
 
     def _bounded(self, text: _Text) -> _Text | Refusal:
         """The text, without the turns that are certainly over the limit if it may be cut."""
-        if self._most is None or len(text.text) <= self._most:
+        most = self._reach(text.text)
+        if most >= len(text.text):
             return text
-        ends = [end for end in text.ends if end <= (self._most or 0)]
+        ends = [end for end in text.ends if end <= most]
         if not self._cuts or not ends:
             return "too_long"
         ranges = [(start, min(end, ends[-1])) for start, end in text.ranges if start < ends[-1]]
         return _Text(text.text[: ends[-1]], ranges, ends, text.notes, cut=True)
+
+    def _reach(self, text: str) -> int:
+        """After how many characters a text is over the limit for certain; its length if it may not be.
+
+        Tokenising takes some 500 bytes a token, so long texts are tried in pieces first.
+        """
+        if self._limit is None or len(text) <= ALWAYS_TOKENISED:
+            return len(text)
+        if len(text) > (bound := self._limit * self._longest):
+            text = text[:bound]
+        count = 0
+        for number, at in enumerate(range(0, len(text), PIECE), 1):
+            count += len(self._copy.encode(text[at : at + PIECE], add_special_tokens=False))
+            if count > self._limit + number * BORDER:
+                return min(at + PIECE, len(text))
+        return len(text)
 
     def _hidden(self, text: str) -> str:
         return self._typed.sub(lambda match: self._marks[match[0]], text)

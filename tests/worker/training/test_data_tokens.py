@@ -147,6 +147,8 @@ def test_a_long_conversation_is_cut_at_a_turns_end(
 ) -> None:
     # Both ways: what is certainly over the limit is cut off before it is tokenised, or after.
     monkeypatch.setattr("worker.training.tokenize.ALWAYS_TOKENISED", always)
+    monkeypatch.setattr("worker.training.tokenize.PIECE", 64)
+    monkeypatch.setattr("worker.training.tokenize.BORDER", 40)
     model = tokenizer(kind)
     found = conversation(
         ("user", "word"),
