@@ -159,7 +159,8 @@ async def _inspect_in_child(path: Path, format_name: str) -> Finding:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    seconds = CHILD_SECONDS + CHILD_SECONDS_PER_BYTE * path.stat().st_size
+    size = await to_thread.run_sync(os.path.getsize, path)
+    seconds = CHILD_SECONDS + CHILD_SECONDS_PER_BYTE * size
     try:
         async with asyncio.timeout(seconds):
             output, complaints = await process.communicate()
