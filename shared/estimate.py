@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.cost import FILL
+from shared.disk import disk_need
 from shared.models import ModelInfo
 from shared.plan import Plan
 from shared.planner import effective_batch
@@ -16,16 +17,6 @@ from shared.spec import JobSpec
 CHARACTERS_PER_TOKEN = 3.6
 # Best-fit packing of rows much shorter than the sequence leaves about this share of the slots empty.
 PACKING_WASTE = 0.03
-EXPORT_BYTES = {
-    "merged_16bit": 2.0,
-    "gguf:f16": 2.0,
-    "gguf:q8_0": 1.0625,
-    "gguf:q5_k_m": 0.71,
-    "gguf:q4_k_m": 0.61,
-}
-# A weight of the adapter, as it is exported, and in a checkpoint with the optimiser's two moments.
-ADAPTER_BYTES = 4
-CHECKPOINT_BYTES = {"adamw_8bit": 4 + 2, "adamw_torch": 4 + 8}
 
 
 def estimate(
@@ -68,23 +59,12 @@ def count_steps(spec: JobSpec, rows: int | None) -> int | None:
 
 
 def disk_bytes(spec: JobSpec, model: ModelInfo, steps: int | None) -> int | None:
-    """Most that the job's files take at once: exports, checkpoints, the merged model and the f16 GGUF that
-    others are made from. None for a model of unknown size."""
+    """Most that the job's files take at once, on one disk. None for a model of unknown size."""
     if model.parameters is None:
         return None
-    needed = sum(EXPORT_BYTES.get(kind, 0) for kind in spec.exports) * model.parameters
-    if any(kind != "adapter" for kind in spec.exports):
-        needed += EXPORT_BYTES["merged_16bit"] * model.parameters
-    if any(kind.startswith("gguf:") for kind in spec.exports) and "gguf:f16" not in spec.exports:
-        needed += EXPORT_BYTES["gguf:f16"] * model.parameters
-    if model.shape is not None:
-        weights = model.shape.adapter_parameters(spec.lora.r, spec.lora.target_modules)
-        training = spec.training
-        kept = training.save_total_limit
-        if steps is not None:
-            kept = min(kept, math.ceil(steps / training.save_steps))
-        needed += weights * (ADAPTER_BYTES + kept * CHECKPOINT_BYTES[training.optim])
-    return math.ceil(needed)
+    shape = model.shape
+    adapter = shape.adapter_parameters(spec.lora.r, spec.lora.target_modules) if shape else None
+    return disk_need(spec, model.parameters, adapter, steps=steps).total
 
 
 def _seconds(

@@ -106,6 +106,10 @@ class Store:
         """Free space of a local store; None where the store has no such limit."""
         return shutil.disk_usage(self._root).free if self._local else None
 
+    def folder(self) -> Path | None:
+        """Where a local store is; None for others."""
+        return Path(self._root) if self._local else None
+
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a store key: {key!r}")

@@ -213,6 +213,7 @@ def _fetch_inputs(
         model_dir=model.path,
         validation_file=fetched.get("validation_dataset"),
         prepared_bytes=settings.data_cache_bytes,
+        store=store.folder(),
     )
 
 

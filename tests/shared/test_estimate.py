@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shared.device import Device
+from shared.disk import SMALL_FILES_BYTES
 from shared.estimate import count_steps, disk_bytes, estimate
 from shared.models import ModelInfo
 from shared.planner import make_plan
@@ -65,22 +66,39 @@ def test_time_without_data_is_that_of_full_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exports", "per_weight"),
+    ("exports", "per_weight", "files"),
     [
-        (["adapter"], 0.0),
+        (["adapter"], 0.0, 2),
         # The merged folder is there while the archive is made.
-        (["merged_16bit"], 2.0 + 2.0),
-        (["gguf:f16"], 2.0 + 2.0),
-        # And the f16 GGUF while the others are made from it.
-        (["merged_16bit", "gguf:q8_0"], 2.0 + 2.0 + 1.0625 + 2.0),
+        (["merged_16bit"], 2.0 + 2.0, 3),
+        # The f16 GGUF is what others are made from, once.
+        (["gguf:f16"], 2.0 + 2.0, 3),
+        (["merged_16bit", "gguf:q8_0"], 2.0 + 2.0 + 1.0625 + 2.0, 5),
     ],
 )
-def test_disk_holds_exports_and_what_they_are_made_from(exports: list[str], per_weight: float) -> None:
+def test_disk_holds_exports_and_what_they_are_made_from(
+    exports: list[str], per_weight: float, files: int
+) -> None:
+    """`files`: folders and files beside the checkpoints that each come with a tokenizer."""
     spec = JobSpec.from_json({"exports": exports, "training": {"save_steps": 10, "optim": "adamw_torch"}})
-    bare = ModelInfo("a/b", "hub", parameters=1_000_000)
-    assert disk_bytes(spec, bare, 100) == per_weight * 1_000_000
-    shaped = bare.shaped(NEMOTRON_NANO_4B)
-    adapter = 30_408_704
-    for steps, checkpoints in ((None, 3), (100, 3), (15, 2), (10, 1)):
+    shaped = ModelInfo("a/b", "hub", parameters=1_000_000).shaped(NEMOTRON_NANO_4B)
+    weights, adapter = shaped.parameters or 0, 30_408_704
+    small = SMALL_FILES_BYTES
+    # One more than are kept: the oldest goes when the newest is there.
+    for steps, checkpoints in ((None, 4), (100, 4), (15, 2), (10, 1)):
         told = disk_bytes(spec, shaped, steps)
-        assert told == per_weight * 1_000_000 + adapter * (4 + checkpoints * 12)
+        copies = 2 if "adapter" in exports else 1
+        exact = (
+            per_weight * weights + copies * adapter * 4 + checkpoints * (adapter * 12 + small) + files * small
+        )
+        assert told == pytest.approx(exact, rel=1e-6)
+
+
+def test_without_a_shape_the_adapters_size_is_guessed() -> None:
+    spec = JobSpec.from_json({})
+    bare = disk_bytes(spec, ModelInfo("a/b", "hub", parameters=4_510_000_000), 10)
+    known = disk_bytes(spec, ModelInfo("a/b", "hub").shaped(NEMOTRON_NANO_4B), 10)
+    assert bare is not None
+    assert known is not None
+    assert 0.7 < bare / known < 2
+    assert disk_bytes(spec, ModelInfo("a/b", "hub"), 10) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from shared.plan import Plan
 from shared.spec import JobSpec
 from worker.training.data import prepare_data
 from worker.training.engines import engine_of
-from worker.training.exports.adapter import export_adapter, save_adapter
+from worker.training.exports.adapter import save_adapter
 from worker.training.exports.files import file_artifact
-from worker.training.exports.gguf import export_ggufs
+from worker.training.exports.make import Trained, make_exports, publish_modelfile
 from worker.training.exports.manifest import Manifest, metrics_csv
-from worker.training.exports.merged import export_merged, merge_adapter
-from worker.training.exports.modelfile import modelfile, own_modelfile
+from worker.training.exports.preflight import check_exports
 from worker.training.library_log import library_messages
 from worker.training.models import (
     ResolvedModel,
@@ -76,6 +74,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
 
     sink.phase(Phase.LOADING_MODEL)
     trained = loading.result() if loading else _load(spec, plan, model)
+    check_exports(spec, model, tokenizer, workdir, control)
     sink.log(Entry(message=describe(model, plan, trained)))
     control.check()
 
@@ -98,7 +97,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         data_report=data.report,
         training=result,
     )
-    return _export(spec, model, tokenizer, manifest, adapter, workdir, sink, control)
+    return _export(Trained(model, tokenizer, manifest, adapter), workdir.root, sink, control)
 
 
 def _load(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
@@ -131,53 +130,23 @@ def check_length(spec: JobSpec, model: ResolvedModel) -> None:
         )
 
 
-def _export(
-    spec: JobSpec,
-    model: ResolvedModel,
-    tokenizer: object,
-    manifest: Manifest,
-    adapter: Path,
-    workdir: Workdir,
-    sink: EventSink,
-    control: Control,
-) -> list[Artifact]:
-    """The cheap and certain exports first: what fails late must not take the others with it."""
-    target = workdir.root / "exports"
+def _export(trained: Trained, root: Path, sink: EventSink, control: Control) -> list[Artifact]:
+    """The record of the run first, then what was asked for."""
+    target = root / "exports"
     target.mkdir(parents=True, exist_ok=True)
+    manifest = trained.manifest
     made: list[Artifact] = []
-
-    def publish(artifact: Artifact) -> None:
-        sink.artifact(artifact)
-        made.append(artifact)
-
     for name, kind, text in (
         ("manifest.json", "manifest", manifest.to_text()),
         ("metrics.csv", "metrics", metrics_csv(manifest.training.history)),
     ):
         (target / name).write_text(text, encoding="utf-8")
-        publish(file_artifact(target / name, kind, control))
-    if "adapter" in spec.exports:
-        publish(export_adapter(adapter, manifest, target, control))
-    ggufs = [kind for kind in spec.exports if kind.startswith("gguf:")]
-    if not ggufs and "merged_16bit" not in spec.exports:
-        return made
-
-    merged = workdir.root / "merged"
-    try:
-        sink.log(Entry(message="Merging the adapter into the base model."))
-        merge_adapter(model, adapter, tokenizer, merged, control)
-        if "merged_16bit" in spec.exports:
-            publish(export_merged(merged, manifest, target, control))
-        if ggufs:
-            made += export_ggufs(merged, spec.name or model.id, ggufs, target, sink, control)
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
+        made.append(file_artifact(target / name, kind, control))
+        sink.artifact(made[-1])
+    made += make_exports(trained, manifest.spec.exports, root, sink, control)
+    ggufs = [a for a in made if a.kind.startswith("gguf:")]
     if ggufs:
         # The smallest of them: what most people will run.
-        smallest = min((a for a in made if a.kind in ggufs), key=lambda a: a.bytes)
-        text = (own_modelfile if spec.chat_template == "model" else modelfile)(
-            smallest.name, manifest.stop_token
-        )
-        (target / "Modelfile").write_text(text, encoding="utf-8")
-        publish(file_artifact(target / "Modelfile", "modelfile", control))
+        smallest = min(ggufs, key=lambda a: a.bytes)
+        made.append(publish_modelfile(trained, smallest.name, root, sink, control))
     return made

@@ -15,7 +15,8 @@ class Workdir:
     `root` is the attempt's own folder, `cache` is shared by all jobs of the box (converted bundled
     models, and prepared data up to `prepared_bytes`).
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
-    a `local/NAME` model; the caller has resolved and checked them.
+    a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where finished files
+    go, None where that is on no disk of this machine.
     """
 
     root: Path
@@ -24,3 +25,4 @@ class Workdir:
     model_dir: Path | None = None
     validation_file: Path | None = None
     prepared_bytes: int = DEFAULT_BYTES
+    store: Path | None = None

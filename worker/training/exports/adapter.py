@@ -30,8 +30,8 @@ def save_adapter(model: Any, tokenizer: Any, base_id: str, folder: Path) -> None
     tokenizer.save_pretrained(folder)
 
 
-def export_adapter(folder: Path, manifest: Manifest, target: Path, control: Control) -> Artifact:
+def export_adapter(folder: Path, manifest: Manifest, name: str, target: Path, control: Control) -> Artifact:
     """`adapter.tar`: the PEFT folder with tokenizer, model card and manifest."""
-    (folder / "README.md").write_text(adapter_card(manifest), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(manifest, name.removesuffix(".tar")), encoding="utf-8")
     (folder / "manifest.json").write_text(manifest.to_text(), encoding="utf-8")
-    return tar_artifact("adapter.tar", "adapter", folder, target, control)
+    return tar_artifact(name, "adapter", folder, target, control)

@@ -8,8 +8,8 @@ from shared.spec import BUNDLED_MODEL, LOCAL_PREFIX, FileDataset
 from worker.training.exports.manifest import Manifest
 
 
-def adapter_card(manifest: Manifest) -> str:
-    """README.md of `adapter.tar`."""
+def adapter_card(manifest: Manifest, folder: str) -> str:
+    """README.md of `adapter.tar`, which unpacks to `folder`."""
     base = manifest.model.id
     if base == BUNDLED_MODEL:
         note = (
@@ -26,20 +26,20 @@ def adapter_card(manifest: Manifest) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("adapter")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
 base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "adapter")
+model = PeftModel.from_pretrained(base, "{folder}")
 ```'''
     return _card(manifest, "LoRA adapter", "peft", f"{note}\n\n{load}")
 
 
-def merged_card(manifest: Manifest) -> str:
-    """README.md of `merged_16bit.tar`."""
-    load = """```python
+def merged_card(manifest: Manifest, folder: str) -> str:
+    """README.md of `merged_16bit.tar`, which unpacks to `folder`."""
+    load = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("merged_16bit")
-model = AutoModelForCausalLM.from_pretrained("merged_16bit")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```"""
     return _card(manifest, "merged model, 16 bit", "transformers", load)
 

