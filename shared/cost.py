@@ -1,7 +1,7 @@
 """What a way to train costs: bytes at the peak and tokens a second, from the model's shape alone.
 
-Physics with measured constants. To fit them anew, run `bench/planner.py` on a GPU: its table shows the
-prediction beside what was measured, and all constants are in this file and in `shared/device.py`.
+Physics with measured constants. To fit them anew, run `python -m bench.planner --measure FILE` on a GPU: its
+table shows the prediction beside what was measured. All constants are here and in `shared/device.py`.
 """
 
 from __future__ import annotations
