@@ -99,7 +99,7 @@ PARALLEL_SHARE = 0.93
 
 # A CPU: operations a second of one core, bytes of a process with the stack loaded, and what the allocator
 # keeps of what it had.
-CPU_FLOPS, CPU_PROCESS, CPU_SLACK = 65e9, 1.0e9, 0.3
+CPU_FLOPS, CPU_PROCESS, CPU_SLACK = 65e9, 0.65e9, 0.45
 
 
 @dataclass(frozen=True)
