@@ -19,26 +19,29 @@ class FlatCollator:
     real tokens.
 
     Args:
-        pad_to: fill the sequence to this many tokens, with one more document that nothing is learnt from.
-        documents: fill `cu_seqlens` to this many documents, with empty ones. Both keep the shapes of all
-            batches alike for compiled code.
+        pad_to: fill the sequence to this many tokens, with documents that nothing is learnt from.
+        longest: of so many tokens at most.
+        documents: fill `cu_seqlens` to this many documents, with empty ones. It and `pad_to` keep the shapes
+            of all batches alike for compiled code.
         boundaries: also give `cu_seqlens` (int32, where each document begins, and the end), `kept` (int64,
             the positions whose next token is learnt) and `targets` (int64, those tokens).
     """
 
     pad_token_id: int
     pad_to: int | None = None
+    longest: int | None = None
     documents: int | None = None
     boundaries: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = [length for row in rows for length in row["seq_lengths"]]
-        ids = torch.cat([torch.tensor(row["input_ids"]) for row in rows])
-        labels = torch.cat([torch.tensor(row["labels"]) for row in rows])
+        lengths = [int(length) for row in rows for length in row["seq_lengths"]]
+        ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
         real = len(ids)
         if self.pad_to is not None and real < self.pad_to:
             empty = self.pad_to - real
-            lengths.append(empty)
+            piece = min(self.longest or empty, empty)
+            lengths += [piece] * (empty // piece) + [empty % piece] * (empty % piece > 0)
             ids = torch.nn.functional.pad(ids, (0, empty), value=self.pad_token_id)
             labels = torch.nn.functional.pad(labels, (0, empty), value=IGNORED)
         ends = torch.tensor(lengths).cumsum(0)
@@ -71,8 +74,8 @@ class PaddedCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        labels = [torch.tensor(row["labels"]) for row in rows]
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
         lengths = torch.tensor([len(row) for row in ids])
         pad = torch.nn.utils.rnn.pad_sequence
         return {

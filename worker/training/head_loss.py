@@ -69,7 +69,8 @@ def learn_through_head(base: Any, decoder_arguments: Callable[[dict[str, Any]], 
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **decoder_arguments(batch)
         ).last_hidden_state
         loss, correct = head_loss(states.flatten(0, 1), self.lm_head.weight, kept, targets)
-        valid = torch.tensor(len(targets), device=loss.device)
+        # Filled on the device: a copy from the host would wait for all that the device still has to do.
+        valid = torch.full_like(loss, len(targets), requires_grad=False)
         # An evaluation gives no count: the mean is then of this batch.
         return Loss(loss / (valid if num_items_in_batch is None else num_items_in_batch), correct, valid)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes
 import torch
 import trl
 from torch.utils.data import Sampler
 
 from worker.training.collate import FlatCollator
+from worker.training.optimizer import AdamW8bit
 
 
 class RowOrder(Sampler[int]):
@@ -54,6 +56,11 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     # Right and learnt tokens since the last log, and all tokens, on the device: reading them waits for it.
     counts: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        found, arguments = trl.SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return (AdamW8bit if found is bitsandbytes.optim.AdamW else found), arguments
 
     def compute_loss(
         self,

@@ -124,8 +124,9 @@ def make_trainer(
     trainer = JobTrainer(
         model=model,
         args=sft_config(spec, plan, steps, output),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        # As arrays: lists of numbers take a GPU's time to turn into tensors.
+        train_dataset=data.train.with_format("numpy"),
+        eval_dataset=data.validation and data.validation.with_format("numpy"),
         processing_class=tokenizer,
         data_collator=(FlatCollator if spec.packing else PaddedCollator)(tokenizer.pad_token_id),
         callbacks=callbacks,
@@ -192,6 +193,7 @@ def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
         max_length=None,
         dataloader_num_workers=0,
         dataloader_pin_memory=plan.device == "cuda",
+        accelerator_config={"non_blocking": plan.device == "cuda"},
         # The head's logits are computed for the tokens that count only, a chunk at a time.
         loss_type="chunked_nll",
     )

@@ -33,7 +33,7 @@ def test_boundaries_name_the_documents_and_what_is_learnt() -> None:
 
 
 def test_filled_batches_have_one_shape_and_learn_nothing_more() -> None:
-    collate = FlatCollator(0, pad_to=12, documents=6, boundaries=True)
+    collate = FlatCollator(0, pad_to=12, longest=4, documents=6, boundaries=True)
     full, short = collate(ROWS), collate(ROWS[:1])
     assert full["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 0, 0, 0, 0]]
     assert full["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 3]]
@@ -43,6 +43,8 @@ def test_filled_batches_have_one_shape_and_learn_nothing_more() -> None:
     for name in ("input_ids", "position_ids", "labels", "cu_seqlens"):
         assert short[name].shape == full[name].shape
     assert short["targets"].tolist() == [6, 9]
+    # What is filled in is no longer than the longest document.
+    assert short["cu_seqlens"].tolist() == [0, 3, 5, 9, 12, 12, 12]
 
 
 def test_padded_rows_mask_what_is_filled_in() -> None:

@@ -18,7 +18,9 @@ from worker.training.models import ResolvedModel
 
 ATTENTION = "packed_varlen"
 # Documents of a batch are filled up to a multiple of this.
-DOCUMENTS = 32
+DOCUMENTS = 8
+# Tokens that one block of the attention kernel takes.
+TILE = 128
 
 
 def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
@@ -52,10 +54,14 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
     from worker.training.engines.layers import draw_seeds
     from worker.training.head_loss import learn_through_head
 
-    most = _most_documents(trainer.train_dataset, plan.micro_batch) + 1
+    capacity = plan.micro_batch * spec.max_seq_length
+    longest, most = _documents([trainer.train_dataset, trainer.eval_dataset], plan.micro_batch)
+    # A batch of few rows is filled up with documents of the longest kind.
+    most += -(-capacity // longest)
     trainer.data_collator = FlatCollator(
         trainer.processing_class.pad_token_id,
-        pad_to=plan.micro_batch * spec.max_seq_length,
+        pad_to=capacity,
+        longest=longest,
         documents=-(-most // DOCUMENTS) * DOCUMENTS,
         boundaries=True,
     )
@@ -63,7 +69,7 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
 
     def decoder_arguments(batch: dict[str, Any]) -> dict[str, Any]:
         draw_seeds(model)
-        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": spec.max_seq_length}
+        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": longest}
 
     learn_through_head(model.get_base_model(), decoder_arguments)
 
@@ -85,7 +91,13 @@ def read_back(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _most_documents(rows: Any, micro_batch: int) -> int:
-    """The most documents that any `micro_batch` rows can hold."""
-    counts = sorted((len(lengths) for lengths in rows["seq_lengths"]), reverse=True)
-    return sum(counts[:micro_batch])
+def _documents(datasets: list[Any], micro_batch: int) -> tuple[int, int]:
+    """Tokens of the longest document, and the most documents that any `micro_batch` rows can hold.
+
+    The kernel starts threads for every document as if it were as long as the longest may be, so the limit is
+    what the job's data needs and no more.
+    """
+    rows = [lengths for dataset in datasets if dataset is not None for lengths in dataset["seq_lengths"]]
+    longest = max(int(max(lengths)) for lengths in rows)
+    counts = sorted((len(lengths) for lengths in rows), reverse=True)
+    return -(-longest // TILE) * TILE, sum(counts[:micro_batch])

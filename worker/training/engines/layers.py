@@ -8,6 +8,7 @@ import peft
 import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -81,8 +82,21 @@ class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]
             result = result if base.bias is None else result + base.bias
         else:
             result = linear(x, base.weight, base.bias)
-        seen = seeded_dropout(x, self.seed, self.dropout_share) if self.training else x
-        down = linear(seen, self.lora_A["default"].weight.to(x.dtype))
+        first = self.lora_A["default"].weight.to(x.dtype)
+        if self.training and self.dropout_share:
+            # Marked for the compiler as to be computed again, or it would store what is left of x.
+            down = checkpoint(
+                _dropped_product,
+                x,
+                self.seed,
+                self.dropout_share,
+                first,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=_keep_products,
+            )
+        else:
+            down = linear(x, first)
         up = (self.lora_B["default"].weight * self.scaling["default"]).to(x.dtype)
         return result + linear(down, up)
 
@@ -111,14 +125,21 @@ def draw_seeds(model: Any) -> None:
         model.lora_seeds.random_(0, MAX_INT32)
 
 
+def _dropped_product(x: torch.Tensor, seed: torch.Tensor, share: float, weight: torch.Tensor) -> torch.Tensor:
+    return linear(seeded_dropout(x, seed, share), weight)
+
+
+def _keep_products() -> Any:
+    """The product has a few columns: it is cheaper to keep than to compute again."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+
 def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, share: float) -> torch.Tensor:
     """Zero a share of the elements, chosen by a hash of position and seed, and scale up the others.
 
     Args:
         seed: an int32 scalar tensor.
     """
-    if share == 0:
-        return x
     bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     # The seed comes in twice, or the mask of one seed would be that of another in another order. It comes in
     # first of all, or the compiler would fold the product into an index of more than 32 bits.

@@ -86,7 +86,6 @@ def test_dropout_zeroes_its_share_keeps_the_mean_and_follows_the_seed() -> None:
     for one, two in ((first, other), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
         both = ((one == 0) & (two == 0)).float().mean().item()
         assert both == pytest.approx(0.05**2, abs=0.0006)
-    assert seeded_dropout(x, seeds[0], 0.0) is x
 
 
 def test_each_micro_batch_draws_new_masks_and_evaluation_none(tiny_model: Path) -> None:
@@ -136,7 +135,7 @@ def test_a_layer_is_one_graph_and_batches_of_any_documents_use_it(
         return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": 64}
 
     learn_through_head(base, arguments)
-    collate = FlatCollator(0, pad_to=64, documents=8, boundaries=True)
+    collate = FlatCollator(0, pad_to=64, longest=32, documents=8, boundaries=True)
     batches = [collate([ROW]), collate([ROW | {"seq_lengths": [7, 3, 20]}]), collate([ROW, ROW])]
     model.train()
     torch._dynamo.utils.counters.clear()
