@@ -9,6 +9,8 @@ import codecs
 import csv
 import json
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -48,11 +50,18 @@ def read_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(PARQUET_MAGIC):
-        for number, row in parquet_rows(path, MAX_ROW_BYTES):
-            row = _checked(row, f"row {number}", number, "")
-            yield number, {name: without_filled(cell) for name, cell in row.items()}
+        yield from _parquet(path)
         return
     chunks = unpacked(path)
+    begin = next(chunks, b"")
+    if begin.startswith(PARQUET_MAGIC):
+        # Parquet is read from its end, so it has to be unpacked first.
+        with tempfile.NamedTemporaryFile(prefix="tuneyard-") as file:
+            file.writelines(chain([begin], chunks))
+            file.flush()
+            yield from _parquet(Path(file.name))
+        return
+    chunks = chain([begin], chunks)
     start, skipped = _first_text(chunks)
     match start.lstrip()[:1]:
         case b"":
@@ -63,6 +72,12 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield from _json_array(chain([start], chunks), skipped)
         case _:
             yield from _csv_rows(chain([start], chunks), skipped)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    for number, row in parquet_rows(path, MAX_ROW_BYTES):
+        row = _checked(row, f"row {number}", number, "")
+        yield number, {name: without_filled(cell) for name, cell in row.items()}
 
 
 def _first_text(chunks: Iterator[bytes]) -> tuple[bytes, int]:
@@ -222,6 +237,8 @@ def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
                 f"{header.strip()[:80]!r}. Wanted are JSONL, a JSON array, CSV or Parquet.",
                 skipped + 1,
             )
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DatasetError(f"The CSV has two columns with the name {twice[0][:80]!r}.", skipped + 1)
         before = reader.line_num
         for cells in reader:
             lines.taken = 0

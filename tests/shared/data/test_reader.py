@@ -300,3 +300,15 @@ def test_a_csv_row_that_never_ends_is_refused_in_bounded_memory(tmp_path: Path) 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 150 * 2**20
+
+
+def test_parquet_in_gzip_and_in_zstd(tmp_path: Path) -> None:
+    for content in (gzip.compress(parquet_bytes()), zstd(parquet_bytes())):
+        assert rows_of(tmp_path / "file", content) == list(enumerate(ROWS * 5, 1))
+    with pytest.raises(DatasetError, match="damaged or cut off"):
+        rows_of(tmp_path / "file", gzip.compress(parquet_bytes()[:-30]))
+
+
+def test_a_csv_with_a_column_twice(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="two columns with the name 'text'"):
+        rows_of(tmp_path / "file", b"text,text\na,b\n")
