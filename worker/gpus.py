@@ -106,7 +106,8 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
 def installed_engines() -> tuple[EngineName, ...]:
     """The engines that a GPU of this box can run: the reference, and those whose packages are installed."""
     found: list[EngineName] = ["reference"]
-    if importlib.util.find_spec("liger_kernel"):
+    # The compiler of its layers: it comes with the builds of torch that know CUDA.
+    if importlib.util.find_spec("triton"):
         found.append("compiled")
     if importlib.util.find_spec("unsloth"):
         found.append("unsloth")

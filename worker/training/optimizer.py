@@ -11,8 +11,8 @@ import torch
 class AdamW8bit(bitsandbytes.optim.AdamW):  # type: ignore[misc]
     """bitsandbytes' AdamW, whose own step waits for the GPU after every parameter.
 
-    Its wait is for states that are paged to the host, which these are not. A LoRA on seven modules of 32 layers
-    has 448 matrices, and the GPU would idle between them.
+    Its wait is for states that are paged to the host, which these are not. A LoRA on seven modules of 32
+    layers has 448 matrices, and the GPU would idle between them.
     """
 
     initialized: bool
