@@ -62,6 +62,7 @@ class Checkpoint:
     path: Path
     bytes: int
     metrics: dict[str, float]
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class EventSink(Protocol):
@@ -102,8 +103,15 @@ class Control(Protocol):
         """Called at every step and between the parts of each phase.
 
         Raises:
-            JobStopped: when the job was cancelled or must be handed back.
+            JobStopped: when the job was cancelled, is to pause or must be handed back.
         """
+
+
+class TrainingControl(Control, Protocol):
+    """A control that can wait for the end of a training step."""
+
+    def leaving(self) -> bool:
+        """Whether the job is to stop with a checkpoint: training then goes on to the end of its step."""
 
 
 class MemorySink:

@@ -20,7 +20,7 @@ def check_spec(spec: JobSpec, settings: Settings, model: ModelInfo, *, admin: bo
     training = spec.training
     _at_most(
         "training.gradient_accumulation_steps",
-        training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        training.effective_batch,
         settings.max_effective_batch,
         "this server's limit of the effective batch (batch size x accumulation)",
     )

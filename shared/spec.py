@@ -131,6 +131,11 @@ class TrainingSpec(SpecModel):
     early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
 
+    @property
+    def effective_batch(self) -> int:
+        """Rows that an optimiser step learns from, however the plan splits them."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     @field_validator("early_stopping_patience")
     @classmethod
     def _patience_counts_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:

@@ -114,7 +114,13 @@ def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: 
         delete(CheckpointRow).where(col(CheckpointRow.job_id) == job_id, col(CheckpointRow.step).not_in(kept))
     )
     session.merge(
-        CheckpointRow(job_id=job_id, step=checkpoint.step, bytes=checkpoint.bytes, metrics=checkpoint.metrics)
+        CheckpointRow(
+            job_id=job_id,
+            step=checkpoint.step,
+            created_at=checkpoint.created_at,
+            bytes=checkpoint.bytes,
+            metrics=checkpoint.metrics,
+        )
     )
 
 

@@ -205,7 +205,7 @@ def _key(
             "validation_format": spec.validation_dataset.format if spec.validation_dataset else None,
             "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
             "limit": limit,
-            "first_rows": spec.training.per_device_train_batch_size,
+            "first_rows": spec.training.effective_batch,
             "seed": spec.training.seed,
             **{name: getattr(spec, name) for name in fields},
         }
@@ -288,7 +288,7 @@ def _write(
     lengths = documents.lengths
     if not len(lengths):
         return lengths
-    size, seed = spec.training.per_device_train_batch_size, spec.training.seed
+    size, seed = spec.training.effective_batch, spec.training.seed
     if spec.packing:
         rows = arranged(best_fit(lengths, limit), lengths, size, seed)
         documents.write(path, rows, control)

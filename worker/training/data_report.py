@@ -55,7 +55,6 @@ def packing_report(spec: JobSpec, row_tokens: npt.NDArray[np.int64], limit: int)
 def steps(spec: JobSpec, rows: int) -> dict[str, int]:
     """Optimizer steps, as the trainer counts them: an epoch's last step may be short."""
     training = spec.training
-    effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    an_epoch = math.ceil(rows / effective)
+    an_epoch = math.ceil(rows / training.effective_batch)
     total = training.max_steps or math.ceil(training.num_train_epochs * an_epoch)
     return {"steps_per_epoch": an_epoch, "total_steps": total}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -10,6 +11,7 @@ import torch
 import trl
 from torch.utils.data import Sampler
 
+from shared.errors import JobStopped
 from worker.training.collate import FlatCollator
 from worker.training.optimizer import AdamW8bit
 
@@ -19,7 +21,8 @@ class RowOrder(Sampler[int]):
 
     The data comes shuffled, with its longest rows first: a job that will run out of memory does so in its
     first step rather than after an hour. Rows that are padded lie in batches of like lengths, which stay
-    together; packed rows are shuffled one by one. A batch that isn't full stays the last.
+    together; packed rows are shuffled one by one. A batch that isn't full stays the last. A batch is an
+    effective one: how the plan splits it changes nothing in the order.
     """
 
     def __init__(self, rows: int, seed: int, batch: int = 1) -> None:
@@ -49,10 +52,15 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """The trainer of every engine.
 
     Its collator gives `num_tokens` with each batch, its model `loss`, `num_correct_tokens` and
-    `num_valid_tokens`.
+    `num_valid_tokens`. Checkpoints are written under `aside` and then given to `publish` with their step.
+    `check` is asked in evaluations; one that it stops asks `put_off_evaluation` whether to go on.
     """
 
     control: Any
+    aside: Path
+    publish: Callable[[int], None]
+    check: Callable[[], None]
+    put_off_evaluation: Callable[[], bool]
     # Right and learnt tokens since the last log, and all tokens, on the device: reading them waits for it.
     counts: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -92,7 +100,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        batch = 1 if isinstance(self.data_collator, FlatCollator) else self.args.per_device_train_batch_size
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = 1 if isinstance(self.data_collator, FlatCollator) else step
         return RowOrder(len(rows), self.args.data_seed, batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more
@@ -101,11 +110,25 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
         Transformers' own loop averages over batches, whatever their share of the tokens, and draws from the
         random numbers that dropout uses: an evaluation would change the training after it.
         """
+        try:
+            metrics = self._measure()
+        except JobStopped:
+            if not self.put_off_evaluation():
+                raise
+            self.control.should_save = True
+            return {}
+        finally:
+            self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self) -> dict[str, float]:
         rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
         loss = correct = tokens = 0.0
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(rows), size):
+                self.check()
                 batch = self.data_collator([rows[at] for at in range(start, min(start + size, len(rows)))])
                 inputs = {n: tensor.to(self.args.device) for n, tensor in batch.items() if n != "num_tokens"}
                 found = self.model(**inputs)
@@ -114,10 +137,18 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
                     tokens += valid
                     loss += found.loss.item() * valid
                     correct += found.num_correct_tokens.item()
-        self.model.train()
-        metrics = {"eval_loss": loss / tokens, "eval_mean_token_accuracy": correct / tokens}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"eval_loss": loss / tokens, "eval_mean_token_accuracy": correct / tokens}
+
+    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the trainer's signature
+        return str(self.aside)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Complete or absent: transformers writes its files one after the other into the final folder."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.publish(self.state.global_step)
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the exports have Tuneyard's card."""

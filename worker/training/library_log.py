@@ -31,6 +31,8 @@ DEVELOPER_NEWS = (
 UNFOUNDED = (
     # They do differ, on purpose: the end of a turn is ChatML's.
     "The tokenizer has new PAD/BOS/EOS tokens",
+    # A checkpoint that another split of the same effective batch goes on from: meant to be.
+    "The following arguments do not match the ones in the `trainer_state.json`",
     # A faster 4-bit product for CPUs: nothing here multiplies in 4 bits on a CPU.
     "Failed to load CPU gemm_4bit_forward",
 )

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import JobFailure
-from shared.events import Artifact, Control, Entry, EventSink
+from shared.events import Artifact, Control, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
+from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.training.data import prepare_data
 from worker.training.engines import engine_of
 from worker.training.exports.adapter import save_adapter
@@ -32,7 +33,9 @@ from worker.training.trainer import train
 from worker.training.workdir import Workdir
 
 
-def run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+def run(
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: TrainingControl
+) -> list[Artifact]:
     """Prepare data -> load model -> train -> export.
 
     Each artifact is told to `sink.artifact` as soon as it is complete, so a later failure loses none.
@@ -49,7 +52,9 @@ def run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: C
         return _run(spec, plan, workdir, sink, control)
 
 
-def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+def _run(
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: TrainingControl
+) -> list[Artifact]:
     sink.phase(Phase.PREPARING_DATA)
     import_stack(plan.engine)
     control.check()
@@ -79,7 +84,8 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
     control.check()
 
     sink.phase(Phase.TRAINING)
-    result = train(spec, plan, trained, tokenizer, data, workdir.root / "checkpoints", sink, control)
+    output = workdir.root / CHECKPOINTS
+    result = train(spec, plan, trained, tokenizer, data, output, sink, control, model.revision)
 
     sink.phase(Phase.EXPORTING)
     adapter = workdir.root / "adapter"

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.events import Control, Entry, EventSink
+from shared.errors import JobStopped
+from shared.events import Entry, EventSink, TrainingControl
+from shared.lifecycle import Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
+from worker.checkpoints import checkpoint_folder
+from worker.training.checkpoints import Checkpoints, Identity, Restored
 from worker.training.engines import engine_of
 
 if TYPE_CHECKING:
@@ -44,23 +48,26 @@ def train(
     data: PreparedData,
     output: Path,
     sink: EventSink,
-    control: Control,
+    control: TrainingControl,
+    revision: str | None = None,
 ) -> TrainingResult:
-    """Train the adapter of `model` in place.
+    """Train the adapter of `model` in place, from the newest checkpoint that fits where there is one.
 
     Args:
         model: a `peft.PeftModel` on the plan's device, as the plan's engine made it.
         data: rows of `input_ids`, `labels` (-100 where nothing is learnt) and `seq_lengths`; those held out
             are evaluated.
-        output: where checkpoints go, as `checkpoint-STEP` folders.
+        output: where checkpoints go, as `checkpoint-STEP` folders, and where those of earlier attempts are.
+        revision: the model's; a checkpoint that was made with another is not used.
 
     Raises:
         JobFailure: `diverged`: the loss or the gradient is no longer a finite number.
-        JobStopped: `control` said so, at the latest one layer of one micro-batch later.
+        JobStopped: `control` said so, at the latest one layer of one micro-batch later; where `control` is
+            leaving, after the checkpoint at the end of the step.
     """
     import torch
 
-    from worker.training.callbacks import Evaluations, JobCallback, checkpoint_folder, stop_between_layers
+    from worker.training.callbacks import Evaluations, JobCallback, stop_between_layers
 
     steps = total_steps(spec, plan, len(data.train))
     training = spec.training
@@ -74,21 +81,62 @@ def train(
     )
     trainer = make_trainer(spec, plan, model, tokenizer, data, steps, output, [callback])
     _announce(spec, plan, model, steps, len(data.train), sink)
+    identity = Identity.of(spec, plan, data.sha256, len(data.train), revision, steps)
+    checkpoints = Checkpoints(output, identity, training.save_total_limit, sink)
+    restored = checkpoints.newest()
+    memory_before = restored.state["peak_memory_bytes"] if restored else 0
+
+    def publish(step: int) -> None:
+        state = callback.to_json() | {"peak_memory_bytes": max(memory_before, peak_memory_bytes(plan))}
+        sink.checkpoint(checkpoints.publish(step, state, callback.checkpoint_metrics(), callback.kept_step()))
+
+    trainer.aside, trainer.publish = checkpoints.aside, publish
+    trainer.check, trainer.put_off_evaluation = control.check, callback.put_off_evaluation
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     # A GPU is through with a micro-batch before anybody grows impatient, and hooks break compiled layers.
     hooks = stop_between_layers(model, control) if plan.device == "cpu" else []
     try:
-        trainer.train()
+        if restored is None:
+            trainer.train()
+        else:
+            _go_on(trainer, callback, restored, steps, sink)
     finally:
         for hook in hooks:
             hook.remove()
-    last = int(trainer.state.global_step)
+    return _result(spec, plan, trainer, callback, output, memory_before, sink)
+
+
+def _go_on(trainer: Any, callback: Any, restored: Restored, steps: int, sink: EventSink) -> None:
+    """Train from a checkpoint to the end, as if nothing had happened in between.
+
+    The trainer itself restores adapter, optimiser, scheduler and random numbers, and skips the rows that the
+    steps before have had.
+    """
+    callback.restore(restored.state)
+    sink.log(Entry(f"Resumed from step {restored.step} of {steps}.", data={"step": restored.step}))
+    # For what may follow without any training: the evaluation that is due, and the exports.
+    _load_adapter(trainer.model, restored.path)
+    trainer.state.global_step = restored.step
+    if callback.evaluation_due:
+        sink.phase(Phase.EVALUATING)
+        trainer.evaluate()
+        if callback.evaluation_due:
+            raise JobStopped
+    if restored.step < steps and not callback.stopped:
+        trainer.train(resume_from_checkpoint=str(restored.path))
+
+
+def _result(
+    spec: JobSpec, plan: Plan, trainer: Any, callback: Any, output: Path, memory_before: int, sink: EventSink
+) -> TrainingResult:
+    """What the loop did; the model gets the adapter that is to be exported."""
+    last = int(callback.history[-1]["step"] or 0)
     best = int(callback.best["step"] or 0) if callback.best else None
     exported = last
-    if best is not None and best != last and training.early_stopping_patience is not None:
+    if best is not None and best != last and spec.training.early_stopping_patience is not None:
         exported = best
-        _load_adapter(model, checkpoint_folder(output, best))
+        _load_adapter(trainer.model, checkpoint_folder(output, best))
     if best is not None:
         why = (
             "the lowest eval loss" if exported == best else f"the last; step {best} had the lowest eval loss"
@@ -101,7 +149,7 @@ def train(
         logged=callback.logged,
         evaluated=callback.evaluated,
         best_step=best,
-        used=_what_ran(plan, trainer, callback),
+        used=_what_ran(plan, trainer, callback, memory_before),
     )
 
 
@@ -225,7 +273,7 @@ def _count_parameters(model: Any) -> tuple[int, int]:
     return trainable, frozen
 
 
-def _what_ran(plan: Plan, trainer: Any, callback: Any) -> dict[str, Any]:
+def _what_ran(plan: Plan, trainer: Any, callback: Any, memory_before: int) -> dict[str, Any]:
     from worker.training.collate import FlatCollator
 
     base = trainer.model.get_base_model()
@@ -236,10 +284,10 @@ def _what_ran(plan: Plan, trainer: Any, callback: Any) -> dict[str, Any]:
         "dtype": str(frozen.dtype).removeprefix("torch."),
         "packing": isinstance(trainer.data_collator, FlatCollator),
         **engine_of(plan).read_back(trainer),
-        "peak_memory_bytes": peak_memory_bytes(plan),
-        "tokens": callback.tokens,
-        "tokens_per_second": callback.mean_tokens_per_second(),
-        "training_seconds": round(callback.seconds(), 3),
+        "peak_memory_bytes": max(memory_before, peak_memory_bytes(plan)),
+        "tokens": callback.speed.tokens,
+        "tokens_per_second": callback.speed.mean(),
+        "training_seconds": round(callback.speed.seconds(), 3),
     }
 
 

@@ -83,16 +83,19 @@ def plan_for(spec: JobSpec, **fields: Any) -> Plan:
 
 
 class Running:
-    """A control that lets the job run until `stop` is set."""
+    """A control that lets the job run until `stop` is set, or `leave` for a stop with a checkpoint."""
 
     def __init__(self) -> None:
         self.checks = 0
-        self.stop = False
+        self.stop = self.leave = False
 
     def check(self) -> None:
         self.checks += 1
-        if self.stop:
+        if self.stop or self.leave:
             raise JobStopped
+
+    def leaving(self) -> bool:
+        return self.leave and not self.stop
 
 
 @dataclass

@@ -74,6 +74,7 @@ def test_an_evaluation_is_the_mean_over_all_tokens_of_documents_alone(
             if "lora_B" in name:
                 weight.normal_(std=0.02)
     before = torch.get_rng_state()
+    trainer.check = Running().check
     found = trainer.evaluate()
     assert torch.equal(torch.get_rng_state(), before)
     assert trainer.model.training

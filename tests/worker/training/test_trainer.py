@@ -151,6 +151,36 @@ def test_steps_are_counted_as_transformers_counts_them(
     assert trainer.set_initial_training_values(trainer.args, loader)[-1] == expected
 
 
+def test_how_a_batch_is_split_changes_nothing_in_the_order_of_rows(
+    model: ResolvedModel, data: PreparedData, tmp_path: Path
+) -> None:
+    def order(micro_batch: int) -> list[list[list[int]]]:
+        spec = make_spec(packing=False)
+        plan = plan_for(spec, micro_batch=micro_batch, accumulation=4 // micro_batch)
+        rows = [{"input_ids": [n + 5], "labels": [n + 5], "seq_lengths": [1]} for n in range(11)]
+        trainer = make_trainer(
+            spec,
+            plan,
+            load_model(spec, plan, model),
+            load_tokenizer(model),
+            dataclasses.replace(data, train=datasets.Dataset.from_list(rows)),
+            9,
+            tmp_path,
+            [],
+        )
+        loader = trainer.get_train_dataloader()
+        epochs = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            epochs.append([row for batch in loader for row in batch["input_ids"].tolist()])
+        return epochs
+
+    first, *later = order(1)
+    assert order(2) == order(4) == [first, *later]
+    assert first not in later
+    assert later[0] != later[1]
+
+
 def test_the_schedule_warms_up_for_the_named_share(tmp_path: Path) -> None:
     spec = make_spec({"max_steps": 100, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine"})
     arguments = sft_config(spec, plan_for(spec), 100, tmp_path)

@@ -1,0 +1,87 @@
+"""The checkpoint folders of a job: complete or absent, and handed from one attempt to the next whole.
+
+An attempt keeps its checkpoints in a folder of its own, WORK/JOB/ATTEMPT-TOKEN/checkpoints; between attempts
+they lie in WORK/JOB/checkpoints. One that is called `checkpoint-STEP` is complete: it was written under
+another name and renamed. It also goes, and changes hands, by being renamed. So a frozen attempt that wakes
+up after the next one has taken its checkpoints over finds none of them: it can neither write into them nor
+delete them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+FOLDER = "checkpoints"
+REMOVED = ".removed-"
+
+_COMPLETE = re.compile(r"checkpoint-(\d{1,18})")
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Where the complete checkpoint of a step is, or would be."""
+    return output / f"checkpoint-{step}"
+
+
+def complete_checkpoints(output: Path) -> dict[int, Path]:
+    """The folders of complete checkpoints by step, oldest first."""
+    try:
+        entries = list(output.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # Not made yet, or just removed.
+    found = {int(match[1]): path for path in entries if (match := _COMPLETE.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def discard(checkpoint: Path) -> None:
+    """Make a checkpoint absent at once, then remove its files; one that is gone already stays so."""
+    aside = checkpoint.with_name(f"{REMOVED}{checkpoint.name}-{secrets.token_hex(4)}")
+    with suppress(FileNotFoundError):
+        checkpoint.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_checkpoints(source: Path, target: Path) -> None:
+    """Rename every complete checkpoint of one folder into another, in the place of one of the same step.
+
+    Raises:
+        OSError: the disk is full or broken. What is not moved stays where it was.
+    """
+    for step, path in complete_checkpoints(source).items():
+        target.mkdir(mode=0o700, exist_ok=True)
+        place = checkpoint_folder(target, step)
+        discard(place)
+        with suppress(FileNotFoundError):  # Somebody else was quicker.
+            path.rename(place)
+
+
+def take_over(job: Path, target: Path) -> None:
+    """Give one attempt everything that the attempts before it left, also those whose supervisor died too.
+
+    Args:
+        job: the job's folder, with `checkpoints` and a folder for each attempt.
+        target: the new attempt's own folder of checkpoints.
+
+    Raises:
+        OSError: as `move_checkpoints`.
+    """
+    kept = job / FOLDER
+    # Attempts first: what a sweep moves out of one meanwhile is found in `kept` after that.
+    for attempt in [f for f in job.iterdir() if f.is_dir() and f not in (kept, target.parent)]:
+        move_checkpoints(attempt / FOLDER, target)
+    move_checkpoints(kept, target)
+    for left in kept.glob(f"{REMOVED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
