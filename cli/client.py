@@ -72,6 +72,12 @@ class Client:
     def cancel(self, job_id: str) -> Json:
         return self._json("POST", f"/jobs/{quote(job_id, safe='')}/cancel")
 
+    def pause(self, job_id: str) -> Json:
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/pause")
+
+    def resume(self, job_id: str) -> Json:
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/resume")
+
     def delete_job(self, job_id: str) -> None:
         self._send("DELETE", f"/jobs/{quote(job_id, safe='')}")
 

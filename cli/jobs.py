@@ -1,4 +1,4 @@
-"""The commands about jobs: submit, jobs, show, logs, cancel, artifacts, download, estimate."""
+"""The commands about jobs: submit, jobs, show, logs, cancel, pause, resume, artifacts, download, estimate."""
 
 from __future__ import annotations
 
@@ -139,6 +139,18 @@ def cancel(job_id: JobId) -> None:
     """Cancel a job: a queued one at once, a running one at its next step."""
     with connect() as client:
         console.print(client.cancel(job_id)["status"])
+
+
+def pause(job_id: JobId) -> None:
+    """Pause a job: a queued one at once, a running one at the end of its step, with a checkpoint."""
+    with connect() as client:
+        console.print(client.pause(job_id)["status"])
+
+
+def resume(job_id: JobId) -> None:
+    """Put a paused job back into the queue; it goes on from its last checkpoint."""
+    with connect() as client:
+        console.print(client.resume(job_id)["status"])
 
 
 def artifacts(job_id: JobId) -> None:

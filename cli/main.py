@@ -31,6 +31,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.show,
     jobs.logs,
     jobs.cancel,
+    jobs.pause,
+    jobs.resume,
     jobs.artifacts,
     jobs.download,
     jobs.estimate,

@@ -108,7 +108,8 @@ class ProcessTree:
         if self._ready:
             self._settings.server_url_file.unlink(missing_ok=True)
         _end(self._api, STOP_SECONDS)
-        _end(self._worker, self._settings.stop_grace_seconds + STOP_SECONDS)
+        grace = max(self._settings.stop_grace_seconds, self._settings.checkpoint_grace_seconds)
+        _end(self._worker, grace + STOP_SECONDS)
         if self._valkey is not None:
             self._valkey.stop()
         if self._socket is not None:

@@ -10,7 +10,6 @@ from shared.cost import FILL
 from shared.disk import disk_need
 from shared.models import ModelInfo
 from shared.plan import Plan
-from shared.planner import effective_batch
 from shared.spec import JobSpec
 
 # Without the model's tokenizer: what byte-pair vocabularies of 32k to 128k entries make of English and JSON.
@@ -55,7 +54,7 @@ def count_steps(spec: JobSpec, rows: int | None) -> int | None:
         return training.max_steps
     if rows is None:
         return None
-    return math.ceil(math.ceil(rows / effective_batch(spec)) * training.num_train_epochs)
+    return math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
 
 
 def disk_bytes(spec: JobSpec, model: ModelInfo, steps: int | None) -> int | None:
@@ -74,7 +73,7 @@ def _seconds(
         return None
     # Unknown rows are taken to be full ones, which packed rows nearly are.
     row = spec.max_seq_length * FILL if tokens is None or not rows else tokens / rows
-    return round(steps * effective_batch(spec) * row / plan.tokens_per_second, 1)
+    return round(steps * spec.training.effective_batch * row / plan.tokens_per_second, 1)
 
 
 def _tokens_and_rows(spec: JobSpec, report: dict[str, Any] | None) -> tuple[int | None, int | None]:

@@ -143,11 +143,6 @@ def way_of(plan: Plan) -> Way:
     )
 
 
-def effective_batch(spec: JobSpec) -> int:
-    """Rows of one optimiser step: what the batch fields of a spec are taken to say."""
-    return spec.training.per_device_train_batch_size * spec.training.gradient_accumulation_steps
-
-
 def _distinct(spec: JobSpec, devices: Sequence[Device]) -> list[Device]:
     """One device of each kind that the plan may be for; for several GPUs, the smallest of the largest."""
     if spec.gpus > 1:
@@ -157,9 +152,9 @@ def _distinct(spec: JobSpec, devices: Sequence[Device]) -> list[Device]:
 
 
 def _ways(spec: JobSpec, shape: ModelShape | None, device: Device) -> Iterator[Way]:
-    if effective_batch(spec) % spec.gpus:
+    if spec.training.effective_batch % spec.gpus:
         return
-    rows = effective_batch(spec) // spec.gpus
+    rows = spec.training.effective_batch // spec.gpus
     if device.kind == "cpu":
         yield from _cpu_ways(spec, device, rows)
         return

@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5
+    checkpoint_grace_seconds: Annotated[float, Field(gt=0)] = 60
     retry_seconds: Annotated[float, Field(ge=0)] = 10
     max_losses: Annotated[int, Field(ge=1)] = 3
 

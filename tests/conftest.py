@@ -42,6 +42,7 @@ def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
         lease_seconds=5,
         poll_seconds=0.2,
         stop_grace_seconds=2,
+        checkpoint_grace_seconds=10,
         retry_seconds=0.1,
         standby="off",
     )

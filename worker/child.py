@@ -1,8 +1,8 @@
 """One attempt of one job, in a process of its own that its supervisor started: `python -m worker.child`.
 
 The order comes as one line of JSON on standard input, which then stays open: `stop` on it asks the job to
-end, and its end means that the supervisor is gone. Started with an engine's name as its argument, the process
-imports that engine's stack at once and has it when the order comes.
+end, `leave` to end with a checkpoint, and its end means that the supervisor is gone. Started with an engine's
+name as its argument, the process imports that engine's stack at once and has it when the order comes.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from sqlalchemy.exc import OperationalError
 
 from shared.database import Database
 from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost
-from shared.events import Artifact, Control, Entry, EventSink
+from shared.events import Artifact, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
 from shared.plan import EngineName, Plan
 from shared.queue import Doorbell
-from shared.repository import files, leases
+from shared.repository import files, leases, logs
 from shared.settings import Settings
 from shared.spec import FileDataset, JobSpec
 from shared.storage import Store
+from worker.checkpoints import FOLDER as CHECKPOINTS
+from worker.checkpoints import complete_checkpoints
 from worker.order import Order
 from worker.sink import DatabaseSink
 from worker.training.failures import explain
 from worker.training.workdir import Workdir
 
-Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, Control], list[Artifact]]
+Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, TrainingControl], list[Artifact]]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class ChildControl:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        self._leave = threading.Event()
         self._attempt: Future[Attempt] = Future()
 
     def start(self) -> None:
@@ -69,8 +72,11 @@ class ChildControl:
         return self._attempt.result()
 
     def check(self) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() or self._leave.is_set():
             raise JobStopped
+
+    def leaving(self) -> bool:
+        return self._leave.is_set() and not self._stop.is_set()
 
     def _listen(self) -> None:
         first = sys.stdin.readline()
@@ -81,8 +87,9 @@ class ChildControl:
             except Exception as error:  # noqa: BLE001 - the main thread raises it
                 self._attempt.set_exception(error)
         for line in sys.stdin:
-            if line.strip() == "stop":
-                self._stop.set()
+            asked = {"stop": self._stop, "leave": self._leave}.get(line.strip())
+            if asked is not None:
+                asked.set()
         # The supervisor is gone. Without it nobody watches this job: end at once, the lease brings it back.
         end_process_group()
 
@@ -92,7 +99,9 @@ def end_process_group() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def train(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+def train(
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: TrainingControl
+) -> list[Artifact]:
     """The real pipeline. Its stack loads here, seconds after the first heartbeat."""
     from worker.training.pipeline import run
 
@@ -172,11 +181,13 @@ def _run(pipeline: Pipeline, attempt: Attempt, control: ChildControl) -> None:
 
 def _read_job(order: Order, settings: Settings, database: Database) -> tuple[JobSpec, Plan, dict[str, str]]:
     """The spec with the server's cap of samples applied, the plan, and the uploaded files' store keys by the
-    spec's field."""
+    spec's field. Checkpoints that this attempt could not take over are forgotten."""
     with database.write() as session:
         job = leases.owned_job(session, order.job_id, order.token)
         spec = JobSpec.from_json(job.spec)
         plan = Plan.model_validate(job.plan)
+        there = complete_checkpoints(Path(order.workdir) / CHECKPOINTS)
+        logs.forget_checkpoints(session, order.job_id, list(there))
         keys = {
             name: files.get_dataset(session, dataset.file_id, job.owner).key
             for name in ("dataset", "validation_dataset")

@@ -22,6 +22,7 @@ class Child:
         self.devices = devices
         self.started_at = time.monotonic()
         self.stop_asked_at: float | None = None
+        self.leave_asked_at: float | None = None
         self.deadline: datetime | None = None
         process.say(order.to_line())
 
@@ -33,8 +34,19 @@ class Child:
         """None while it runs; negative for the signal that ended it."""
         return self._process.exit_code()
 
+    @property
+    def asked(self) -> bool:
+        """Whether its end is what was wanted of it."""
+        return self.stop_asked_at is not None or self.leave_asked_at is not None
+
+    def ask_to_leave(self) -> None:
+        """Ask it to end with a checkpoint of its step; asking again changes nothing."""
+        if not self.asked:
+            self.leave_asked_at = time.monotonic()
+            self._process.say("leave\n")
+
     def ask_to_stop(self) -> None:
-        """Ask it to end at its next step; asking again changes nothing."""
+        """Ask it to end at once; asking again changes nothing."""
         if self.stop_asked_at is None:
             self.stop_asked_at = time.monotonic()
             self._process.say("stop\n")

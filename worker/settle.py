@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 
 from shared.database import Database
 from shared.errors import LeaseLost
@@ -11,9 +10,8 @@ from shared.events import Entry
 from shared.lifecycle import FailureCode, JobStatus
 from shared.repository import leases, logs
 from shared.repository.jobs import set_status
+from worker.checkpoints import FOLDER, move_checkpoints
 from worker.launch import Child
-
-CHECKPOINTS = "checkpoints"
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +43,10 @@ def settle(database: Database, child: Child, max_losses: int, *, asked: bool) ->
     return False
 
 
-def keep_checkpoints(database: Database, child: Child) -> None:
+def keep_checkpoints(child: Child) -> None:
     """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted."""
-    with database.read() as session:
-        complete = {f"checkpoint-{c.step}" for c in logs.read_checkpoints(session, child.job_id)}
-    kept = child.workdir.parent / CHECKPOINTS
     try:
-        for found in sorted((child.workdir / CHECKPOINTS).glob("checkpoint-*")):
-            if found.name in complete:
-                kept.mkdir(exist_ok=True)
-                shutil.rmtree(kept / found.name, ignore_errors=True)
-                found.rename(kept / found.name)
-        for found in kept.glob("checkpoint-*"):
-            if found.name not in complete:
-                shutil.rmtree(found, ignore_errors=True)
+        move_checkpoints(child.workdir / FOLDER, child.workdir.parent / FOLDER)
     except OSError as error:
         logger.error("Job %s: its checkpoints could not be kept: %s", child.job_id, error)
 

@@ -28,6 +28,7 @@ from shared.repository import files, leases, logs
 from shared.repository.jobs import set_status
 from shared.storage import Store
 from shared.tables import ArtifactRow, Job
+from worker.checkpoints import complete_checkpoints
 
 FLUSH_SECONDS = 0.05
 RETRY_SECONDS = 0.5
@@ -77,7 +78,6 @@ class DatabaseSink:
         self._wake = threading.Event()
         self._closing = False
         self._renewed = time.monotonic()
-        self._kept_steps: list[Checkpoint] = []
         self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
 
     def start(self) -> None:
@@ -240,9 +240,8 @@ class DatabaseSink:
                 logs.append_entries(session, self._job_id, batch.entries, self._token)
             logs.put_metrics(session, self._job_id, batch.rows)
             for checkpoint in batch.checkpoints:
-                self._kept_steps = [c for c in self._kept_steps if c.path.is_dir()] + [checkpoint]
-                steps = [c.step for c in self._kept_steps]
-                logs.put_checkpoint(session, self._job_id, checkpoint, steps)
+                there = complete_checkpoints(checkpoint.path.parent)
+                logs.put_checkpoint(session, self._job_id, checkpoint, [*there, checkpoint.step])
             result = write(session, job)
         self._renewed = time.monotonic()
         return result

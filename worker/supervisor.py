@@ -15,19 +15,21 @@ from sqlalchemy.exc import DBAPIError
 from shared.clock import utcnow
 from shared.database import Database
 from shared.device import Device
-from shared.lifecycle import TERMINAL, JobStatus
 from shared.plan import Plan
 from shared.queue import Doorbell
 from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import Job, WorkerRow
+from worker.checkpoints import FOLDER as CHECKPOINTS
+from worker.checkpoints import take_over
 from worker.claims import Claims
 from worker.doorbell import Listener
 from worker.launch import Child
 from worker.order import Order
 from worker.process import Process
-from worker.settle import keep_checkpoints, settle, time_out
+from worker.requests import heed_requests
+from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
 from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
 
@@ -105,7 +107,8 @@ class Supervisor:
             self._show_up()
             self._seen = now
         self._reap()
-        self._heed_requests()
+        heed_requests(self._database, self._children, self._settings)
+        self._reap()
         if now >= self._recover_after:
             self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
@@ -139,7 +142,7 @@ class Supervisor:
 
     def _pause(self) -> float:
         """How long to sleep: shorter while a child has been asked to stop, for its time is limited."""
-        asked = any(child.stop_asked_at is not None for child in self._children)
+        asked = any(child.asked for child in self._children)
         return min(0.2, self._settings.poll_seconds) if asked else self._settings.poll_seconds
 
     def _show_up(self) -> None:
@@ -150,7 +153,7 @@ class Supervisor:
     def _reap(self) -> None:
         """Settle the children that have ended."""
         for child in [c for c in self._children if c.exit_code() is not None]:
-            self._settle(child, asked=child.stop_asked_at is not None)
+            self._settle(child, asked=child.asked)
 
     def _settle(self, child: Child, *, asked: bool) -> None:
         """An attempt is over: see to its job, then clean up."""
@@ -161,7 +164,7 @@ class Supervisor:
         self._doorbell.tell(child.job_id)
         child.close()
         self._children.remove(child)
-        keep_checkpoints(self._database, child)
+        keep_checkpoints(child)
         remove_in_background(child.workdir)
 
     def _slow_down(self, child: Child) -> None:
@@ -170,35 +173,6 @@ class Supervisor:
         self._quick_deaths = self._quick_deaths + 1 if quick else 0
         pause = min(self._settings.retry_seconds * self._quick_deaths, LONGEST_PAUSE_SECONDS)
         self._claim_after = time.monotonic() + pause
-
-    def _heed_requests(self) -> None:
-        """Stop children whose job is being cancelled, has run out of time, or is no longer theirs."""
-        if not self._children:
-            return
-        with self._database.read() as session:
-            holders = leases.holders(session, [child.job_id for child in self._children])
-        for child in self._children:
-            status, token = holders.get(child.job_id, (None, None))
-            if token != child.token:
-                # Ended, deleted or another's: whatever it still does is dropped. One that has ended its job
-                # itself is on its way out.
-                if status not in TERMINAL or self._is_overdue(child):
-                    child.kill()
-                child.ask_to_stop()
-            elif status == JobStatus.CANCELLING:
-                child.ask_to_stop()
-            elif self._is_over_time(child):
-                time_out(self._database, child)
-            if self._is_overdue(child):
-                child.kill()
-        self._reap()
-
-    def _is_overdue(self, child: Child) -> bool:
-        asked = child.stop_asked_at
-        return asked is not None and time.monotonic() - asked > self._settings.stop_grace_seconds
-
-    def _is_over_time(self, child: Child) -> bool:
-        return child.deadline is not None and utcnow() > child.deadline
 
     def _recover_lost(self) -> None:
         """Give back the jobs whose lease has run out, whoever held it."""
@@ -237,7 +211,13 @@ class Supervisor:
         engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:
             process = self._standbys.take(engine, devices[0], workdir)
-            child = Child(process or self._start_process(workdir, devices[0], []), order, devices)
+            process = process or self._start_process(workdir, devices[0], [])
+            try:
+                take_over(workdir.parent, workdir / CHECKPOINTS)
+            except OSError:
+                process.close()
+                raise
+            child = Child(process, order, devices)
         except OSError as error:
             # The disk is full or the machine is out of processes: not the job's fault, and no better at once.
             logger.error("Job %s could not be started: %s", job.id, error)
@@ -254,12 +234,16 @@ class Supervisor:
         logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, names, child.pid)
 
     def _hand_back_all(self) -> None:
-        """Stop every child, give their jobs back and sign off."""
+        """Let every child leave with a checkpoint, give their jobs back and sign off."""
         self._standbys.close()
         for child in self._children:
-            child.ask_to_stop()
-        deadline = time.monotonic() + self._settings.stop_grace_seconds
+            child.ask_to_leave()
+        deadline = time.monotonic() + self._settings.checkpoint_grace_seconds
         while any(c.exit_code() is None for c in self._children) and time.monotonic() < deadline:
+            try:
+                heed_requests(self._database, self._children, self._settings)
+            except DBAPIError as error:
+                logger.warning("The database is away as the worker stops: %s", error.orig)
             self._wake.wait(timeout=0.1)
             self._wake.clear()
         for child in list(self._children):

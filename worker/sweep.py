@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
@@ -13,11 +14,13 @@ from pathlib import Path
 from shared.database import Database
 from shared.ids import JOB_ID
 from shared.repository import leases
-from worker.settle import CHECKPOINTS
+from worker.checkpoints import FOLDER, move_checkpoints
 
 SWEEP_SECONDS = 30.0
 # Folders of processes that wait for a job: this, the number of their supervisor, and their own.
 STANDBY_PREFIX = "standby-"
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(database: Database, work: Path) -> None:
@@ -32,12 +35,21 @@ def sweep(database: Database, work: Path) -> None:
         if folder.name not in holders:
             remove_in_background(folder)
             continue
-        _, token = holders[folder.name]
+        token = holders[folder.name].token
         for attempt in folder.iterdir():
-            held = attempt.name == CHECKPOINTS or (token and attempt.name.endswith(f"-{token}"))
+            held = attempt.name == FOLDER or (token and attempt.name.endswith(f"-{token}"))
             # A claim that is newer than what was read of it above has a new folder.
             if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
+                _keep_checkpoints(attempt)
                 remove_in_background(attempt)
+
+
+def _keep_checkpoints(attempt: Path) -> None:
+    """What an attempt left whose supervisor died with it."""
+    try:
+        move_checkpoints(attempt / FOLDER, attempt.parent / FOLDER)
+    except OSError as error:
+        logger.error("The checkpoints in %s could not be kept: %s", attempt, error)
 
 
 def bound(cache: Path, limit: int) -> None:

@@ -124,6 +124,18 @@ def cancel_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, 
     return jobs.cancel(database, doorbell, caller, job_id)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, job_id: JobId) -> JobOut:
+    """Pause a job: a queued one at once, a running one at the end of its step, with a checkpoint."""
+    return jobs.pause(database, doorbell, caller, job_id)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, job_id: JobId) -> JobOut:
+    """Put a paused job back into the queue; it goes on from its last checkpoint."""
+    return jobs.resume(database, doorbell, caller, job_id)
+
+
 @router.delete("/{job_id}", status_code=204)
 def delete_job(database: DatabaseDep, store: StoreDep, caller: CallerDep, job_id: JobId) -> None:
     """Delete a finished job with its log and files."""

@@ -1,4 +1,4 @@
-"""Jobs: accept, find, cancel, delete, estimate."""
+"""Jobs: accept, find, pause, resume, cancel, delete, estimate."""
 
 from __future__ import annotations
 
@@ -214,6 +214,34 @@ def cancel(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) 
     """
     with database.write() as session:
         answer = _job_out(session, jobs.request_cancel(session, job_id, caller.scope))
+    doorbell.ring(job_id)
+    doorbell.tell(job_id)
+    return answer
+
+
+def pause(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) -> JobOut:
+    """Pause a job, or ask its worker to; once more changes nothing.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has ended or is being cancelled.
+    """
+    with database.write() as session:
+        answer = _job_out(session, jobs.request_pause(session, job_id, caller.scope))
+    doorbell.ring(job_id)
+    doorbell.tell(job_id)
+    return answer
+
+
+def resume(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) -> JobOut:
+    """Put a paused job back into the queue; once more changes nothing.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has ended, is being cancelled, or is not paused yet.
+    """
+    with database.write() as session:
+        answer = _job_out(session, jobs.request_resume(session, job_id, caller.scope))
     doorbell.ring(job_id)
     doorbell.tell(job_id)
     return answer

@@ -165,7 +165,7 @@ def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
     if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
         return job
     if job.status in TERMINAL:
-        raise StateConflict(f"The job has already {_ended(job)}: there is nothing to cancel.")
+        raise StateConflict(f"The job {_where(job)}: there is nothing to cancel.")
     if job.status in (JobStatus.QUEUED, JobStatus.PAUSED):
         set_status(job, JobStatus.CANCELLED)
         logs.append_entries(session, job_id, [Entry("Cancelled before it ran.")])
@@ -175,8 +175,50 @@ def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
     return job
 
 
-def _ended(job: Job) -> str:
-    return {"failed": "failed", "succeeded": "succeeded"}.get(job.status, job.status)
+def request_pause(session: Session, job_id: str, owner: str | None) -> Job:
+    """Pause at once what no worker holds; ask the worker of a running job to leave with a checkpoint.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has ended or is being cancelled.
+    """
+    job = lock_job(session, job_id, owner)
+    if job.status in (JobStatus.PAUSING, JobStatus.PAUSED):
+        return job
+    if job.status == JobStatus.QUEUED:
+        set_status(job, JobStatus.PAUSED)
+        logs.append_entries(session, job_id, [Entry("Paused while it waited.")])
+    elif job.status == JobStatus.RUNNING:
+        set_status(job, JobStatus.PAUSING)
+        logs.append_entries(
+            session, job_id, [Entry("Pausing: the job leaves at the end of its step, with a checkpoint.")]
+        )
+    else:
+        raise StateConflict(f"The job {_where(job)}: there is nothing to pause.")
+    return job
+
+
+def request_resume(session: Session, job_id: str, owner: str | None) -> Job:
+    """Put a paused job back into the queue; one that waits or runs already stays as it is.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: the job has ended, is being cancelled, or is not paused yet.
+    """
+    job = lock_job(session, job_id, owner)
+    if job.status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        return job
+    if job.status == JobStatus.PAUSING:
+        raise StateConflict("The job is still pausing: resume it once it is paused.")
+    if job.status != JobStatus.PAUSED:
+        raise StateConflict(f"The job {_where(job)}: there is nothing to resume.")
+    set_status(job, JobStatus.QUEUED)
+    logs.append_entries(session, job_id, [Entry("Resumed: the job is back in the queue.")])
+    return job
+
+
+def _where(job: Job) -> str:
+    return f"has already {job.status}" if job.status in TERMINAL else f"is {job.status}"
 
 
 def delete_job(session: Session, job_id: str, owner: str | None) -> None:

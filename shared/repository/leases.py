@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlmodel import Session, col, select
 
 from shared.clock import utcnow
 from shared.errors import LeaseLost
 from shared.events import Entry
-from shared.lifecycle import LEASED, FailureCode, JobStatus
+from shared.lifecycle import LEASED, FailureCode, JobStatus, Phase
 from shared.repository import logs
 from shared.repository.jobs import set_status
 from shared.tables import Job
@@ -94,20 +95,24 @@ def expired_leases(session: Session, now: datetime) -> list[Job]:
 
 
 def give_back(session: Session, job: Job, why: str) -> None:
-    """End an attempt that was stopped on purpose: back to the queue, or cancelled if that was asked for."""
+    """End an attempt that was stopped on purpose: cancelled or paused if that was asked for, else queued."""
     if job.status == JobStatus.CANCELLING:
         set_status(job, JobStatus.CANCELLED)
-        logs.append_entries(session, job.id, [Entry("Cancelled.")])
-        return
-    set_status(job, JobStatus.QUEUED)
-    entry = Entry(f"{why} The job goes back to the queue.", level="warning")
+        entry = Entry("Cancelled.")
+    elif job.status == JobStatus.PAUSING:
+        set_status(job, JobStatus.PAUSED)
+        step = job.progress["step"] if job.progress else None
+        entry = Entry(f"Paused after step {step}." if step else "Paused.", data={"step": step})
+    else:
+        set_status(job, JobStatus.QUEUED)
+        entry = Entry(f"{why} The job goes back to the queue.", level="warning")
     logs.append_entries(session, job.id, [entry])
 
 
 def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     """End an attempt whose process died: as `give_back`, but failed when that has happened too often."""
     job.losses += 1
-    if job.status == JobStatus.CANCELLING or job.losses < max_losses:
+    if job.status in (JobStatus.CANCELLING, JobStatus.PAUSING) or job.losses < max_losses:
         give_back(session, job, why)
         return
     failure = {
@@ -120,7 +125,18 @@ def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
 
 
-def holders(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[JobStatus, str | None]]:
-    """Status and lease token (None: nobody's) of each of these jobs that there is."""
-    rows = session.exec(select(Job.id, Job.status, Job.lease_token).where(col(Job.id).in_(job_ids)))
-    return {job_id: (JobStatus(status), token) for job_id, status, token in rows}
+class Holder(NamedTuple):
+    """Where a job is and whose: `token` is None while it is nobody's."""
+
+    status: JobStatus
+    token: str | None
+    phase: Phase | None
+
+
+def holders(session: Session, job_ids: Sequence[str]) -> dict[str, Holder]:
+    """Who holds each of these jobs that there is."""
+    statement = select(Job.id, Job.status, Job.lease_token, Job.phase).where(col(Job.id).in_(job_ids))
+    return {
+        job_id: Holder(JobStatus(status), token, Phase(phase) if phase else None)
+        for job_id, status, token, phase in session.exec(statement)
+    }

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import func, insert, update
 from sqlalchemy import select as sa_select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, delete, select
 
 from shared.errors import LeaseLost, NotFound
@@ -97,9 +98,16 @@ def first_seq(session: Session, job_id: str) -> int:
 
 def put_metrics(session: Session, job_id: str, rows: Sequence[dict[str, Any]]) -> None:
     """Insert rows by their `step`; a step that is there already is replaced."""
-    for row in rows:
-        step = int(row["step"])
-        session.merge(Metric(job_id=job_id, step=step, values=row))
+    if not rows:
+        return
+    # A job that is resumed tells all of its rows again: one statement, and the last of a step's rows counts.
+    last = {int(row["step"]): row for row in rows}
+    insert_into = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = insert_into(Metric)
+    statement = statement.on_conflict_do_update(
+        index_elements=["job_id", "step"], set_={"values": statement.excluded["values"]}
+    )
+    session.execute(statement, [{"job_id": job_id, "step": s, "values": row} for s, row in last.items()])
 
 
 def read_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
@@ -110,9 +118,7 @@ def read_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
 
 def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: Sequence[int]) -> None:
     """Record a complete checkpoint; those of steps that are not `kept` any more are forgotten."""
-    session.exec(
-        delete(CheckpointRow).where(col(CheckpointRow.job_id) == job_id, col(CheckpointRow.step).not_in(kept))
-    )
+    forget_checkpoints(session, job_id, kept)
     session.merge(
         CheckpointRow(
             job_id=job_id,
@@ -121,6 +127,13 @@ def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: 
             bytes=checkpoint.bytes,
             metrics=checkpoint.metrics,
         )
+    )
+
+
+def forget_checkpoints(session: Session, job_id: str, kept: Sequence[int]) -> None:
+    """Forget the checkpoints of all steps but these."""
+    session.exec(
+        delete(CheckpointRow).where(col(CheckpointRow.job_id) == job_id, col(CheckpointRow.step).not_in(kept))
     )
 
 

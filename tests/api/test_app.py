@@ -19,6 +19,8 @@ ROUTES = {
     "/jobs/estimate": {"post"},
     "/jobs/{job_id}": {"get", "delete"},
     "/jobs/{job_id}/cancel": {"post"},
+    "/jobs/{job_id}/pause": {"post"},
+    "/jobs/{job_id}/resume": {"post"},
     "/jobs/{job_id}/logs": {"get"},
     "/jobs/{job_id}/metrics": {"get"},
     "/jobs/{job_id}/checkpoints": {"get"},

@@ -149,6 +149,14 @@ def test_an_estimate_tabulates_the_plans_that_lost(tuneyard: Run, box: Settings)
     assert lost[7].endswith("slower")
 
 
+def test_pause_and_resume(tuneyard: Run) -> None:
+    job_id = submit(tuneyard, "--name", "forever")
+    assert tuneyard("pause", job_id).stdout.strip() in ("pausing", "paused")
+    assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "paused")
+    assert tuneyard("resume", job_id).stdout.strip() == "queued"
+    tuneyard("cancel", job_id)
+
+
 def test_estimate_and_datasets(tuneyard: Run) -> None:
     uploaded = tuneyard("datasets", "upload", str(DATA))
     dataset_id = uploaded.stdout.strip()

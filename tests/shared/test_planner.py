@@ -19,7 +19,6 @@ from shared.planner import (
     alternatives,
     candidates,
     cheaper_plan,
-    effective_batch,
     make_plan,
     way_of,
 )
@@ -237,7 +236,7 @@ def test_every_plan_keeps_the_effective_batch_and_fits(
     while tried and (following := cheaper_plan(spec, shape, box, tried)):
         tried.append(following)
     for made in [*tried, *alternatives(spec, shape, box)]:
-        assert made.micro_batch * made.accumulation * made.gpus == effective_batch(spec)
+        assert made.micro_batch * made.accumulation * made.gpus == spec.training.effective_batch
         # What a plan costs is told by what it says and the spec alone: the sequence length is the spec's.
         if shape is not None:
             assert made.peak_memory_bytes == peak_bytes(way_of(made), shape, spec)

@@ -11,11 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress
+from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress, TrainingControl
 from shared.lifecycle import Phase
 from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
 from tests.samples import size_and_hash
+from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
 from worker.child import main
 from worker.training.workdir import Workdir
 
@@ -24,7 +25,7 @@ AT_MOST_SECONDS = 60
 
 
 def pipeline(
-    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Control
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: TrainingControl
 ) -> list[Artifact]:
     word = (spec.name or "succeed").split()[0]
     sink.phase(Phase.TRAINING)
@@ -41,20 +42,47 @@ def pipeline(
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "forever":
         _train_until_stopped(sink, control, checks=True)
+    if word == "patient":
+        return _train_until_told_to_leave(workdir, sink, control)
+    if word == "loading":
+        sink.phase(Phase.LOADING_MODEL)
+        _train_until_stopped(sink, control, checks=False)
     if word == "deaf":
         subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
         _train_until_stopped(sink, control, checks=False)
     raise AssertionError(word)
 
 
+def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: TrainingControl) -> list[Artifact]:
+    """Steps of a second, each with a row; leaves with a checkpoint, and succeeds after five steps."""
+    done = max(complete_checkpoints(workdir.root / FOLDER), default=0)
+    sink.log(Entry(f"from step {done}"))
+    for step in range(done + 1, 6):
+        sink.metrics({"step": step, "loss": 1.0 / step})
+        sink.progress(Progress(step=step, total_steps=5, epoch=step / 5))
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            if not control.leaving():
+                control.check()
+            time.sleep(0.01)
+        if control.leaving():
+            _checkpoint(workdir, sink, step)
+            control.check()
+    return []
+
+
+def _checkpoint(workdir: Workdir, sink: EventSink, step: int) -> None:
+    folder = checkpoint_folder(workdir.root / FOLDER, step)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w")
+    sink.checkpoint(Checkpoint(step=step, path=folder, bytes=1, metrics={"loss": 0.3}))
+
+
 def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
     for step in range(1, 4):
         sink.metrics({"step": step, "loss": 1.0 / step, "grad_norm": float("nan")})
         sink.progress(Progress(step=step, total_steps=3, epoch=step / 3, loss=1.0 / step))
-    folder = workdir.root / "checkpoints" / "checkpoint-3"
-    folder.mkdir(parents=True)
-    (folder / "weights").write_bytes(b"w")
-    sink.checkpoint(Checkpoint(step=3, path=folder, bytes=1, metrics={"loss": 0.3}))
+    _checkpoint(workdir, sink, 3)
     given = [file.read_bytes() for file in (workdir.dataset_file, workdir.validation_file) if file]
     content = b"".join(given) or b"adapter"
     return [_publish(workdir.root / "adapter.tar", content, sink)]

@@ -55,8 +55,7 @@ class Identity:
 class Restored:
     """A checkpoint to go on from; `state` is what `Checkpoints.publish` was given."""
 
-    step: int
-    path: Path
+    checkpoint: Checkpoint
     state: dict[str, Any]
 
 
@@ -119,7 +118,7 @@ class Checkpoints:
                 discard(path)
                 continue
             usable.append(checkpoint)
-            restored = restored or Restored(step, path, state)
+            restored = restored or Restored(checkpoint, state)
         for checkpoint in reversed(usable):
             self._sink.checkpoint(checkpoint)
         return restored

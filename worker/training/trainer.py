@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,18 +113,20 @@ def _go_on(trainer: Any, callback: Any, restored: Restored, steps: int, sink: Ev
     The trainer itself restores adapter, optimiser, scheduler and random numbers, and skips the rows that the
     steps before have had.
     """
+    step, folder = restored.checkpoint.step, restored.checkpoint.path
     callback.restore(restored.state)
-    sink.log(Entry(f"Resumed from step {restored.step} of {steps}.", data={"step": restored.step}))
+    sink.log(Entry(f"Resumed from step {step} of {steps}.", data={"step": step}))
     # For what may follow without any training: the evaluation that is due, and the exports.
-    _load_adapter(trainer.model, restored.path)
-    trainer.state.global_step = restored.step
+    _load_adapter(trainer.model, folder)
+    trainer.state.global_step = step
     if callback.evaluation_due:
         sink.phase(Phase.EVALUATING)
         trainer.evaluate()
         if callback.evaluation_due:
             raise JobStopped
-    if restored.step < steps and not callback.stopped:
-        trainer.train(resume_from_checkpoint=str(restored.path))
+        sink.checkpoint(replace(restored.checkpoint, metrics=callback.checkpoint_metrics()))
+    if step < steps and not callback.stopped:
+        trainer.train(resume_from_checkpoint=str(folder))
 
 
 def _result(

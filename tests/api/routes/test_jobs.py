@@ -194,6 +194,39 @@ async def test_a_job_that_ended_is_not_cancelled(api: Api, status: JobStatus) ->
     assert status in error_of(await api.ann.post(f"/jobs/{job_id}/cancel"), 409)["message"]
 
 
+async def test_a_waiting_job_is_paused_and_resumed_once_each(api: Api) -> None:
+    job_id = await api.create()
+    for action, status in (("pause", "paused"), ("resume", "queued")):
+        for _ in range(2):
+            answer = await api.ann.post(f"/jobs/{job_id}/{action}")
+            assert (answer.status_code, answer.json()["status"]) == (200, status)
+    assert len((await api.ann.get(f"/jobs/{job_id}/logs")).json()["data"]) == 3
+    error_of(await api.bob.post(f"/jobs/{job_id}/pause"), 404)
+    error_of(await api.bob.post(f"/jobs/{job_id}/resume"), 404)
+
+
+async def test_a_running_job_is_asked_to_pause(api: Api) -> None:
+    job_id = await api.create()
+    with api.database.write() as session:
+        jobs.set_status(jobs.lock_job(session, job_id, None), JobStatus.RUNNING, lease_token="t")
+    assert (await api.ann.post(f"/jobs/{job_id}/resume")).json()["status"] == "running"
+    for _ in range(2):
+        answer = await api.ann.post(f"/jobs/{job_id}/pause")
+        assert (answer.status_code, answer.json()["status"]) == (200, "pausing")
+    assert "still pausing" in error_of(await api.ann.post(f"/jobs/{job_id}/resume"), 409)["message"]
+    assert (await api.ann.post(f"/jobs/{job_id}/cancel")).json()["status"] == "cancelling"
+    for action in ("pause", "resume"):
+        assert "is cancelling" in error_of(await api.ann.post(f"/jobs/{job_id}/{action}"), 409)["message"]
+
+
+@pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.FAILED])
+async def test_a_job_that_ended_is_neither_paused_nor_resumed(api: Api, status: JobStatus) -> None:
+    job_id = await api.create()
+    api.finish(job_id, status)
+    for action in ("pause", "resume"):
+        assert status in error_of(await api.ann.post(f"/jobs/{job_id}/{action}"), 409)["message"]
+
+
 async def test_only_finished_jobs_are_deleted(api: Api, tmp_path: Any) -> None:
     job_id = await api.create()
     error_of(await api.ann.delete(f"/jobs/{job_id}"), 409)
