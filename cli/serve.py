@@ -21,7 +21,7 @@ from shared.database import Database
 from shared.errors import InvalidRequest
 from shared.queue import Doorbell
 from shared.settings import Settings, ensure_private_dir
-from worker.gpus import find_slots
+from worker.gpus import find_slots, with_share
 from worker.supervisor import Supervisor
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -81,7 +81,7 @@ def worker(
     _log_to_stderr()
     settings = Settings()
     ensure_private_dir(settings.root)
-    slots = find_slots(_gpu_numbers(gpus), workers)
+    slots = with_share(find_slots(_gpu_numbers(gpus), workers), settings.gpu_memory_fraction)
     database = Database(settings.database())
     database.migrate()
     doorbell = Doorbell(settings.redis())

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
 
     standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1
     busy_gpu_wait_seconds: Annotated[float, Field(ge=0)] = 3600
 
     lease_seconds: Annotated[float, Field(gt=0)] = 30

@@ -8,17 +8,40 @@ from typing import Any
 
 from shared.database import Database
 from shared.events import Entry
-from shared.ids import new_job_id
+from shared.ids import new_dataset_id, new_job_id
 from shared.lifecycle import JobStatus
 from shared.repository.jobs import PRIORITIES, add_job
+from shared.settings import Settings
 from shared.spec import JobSpec
-from shared.tables import Job
+from shared.storage import Store
+from shared.tables import DatasetRow, Job
 
 
 def size_and_hash(path: Path) -> tuple[int, str]:
     """Bytes and SHA-256 (hex) of a small file."""
     content = path.read_bytes()
     return len(content), hashlib.sha256(content).hexdigest()
+
+
+def add_dataset(database: Database, settings: Settings, file: Path, owner: str = "ann") -> str:
+    """Insert an uploaded file as POST /datasets does; returns its id. The file is moved into the store."""
+    dataset_id = new_dataset_id()
+    key = f"datasets/{dataset_id}/data"
+    size, sha256 = size_and_hash(file)
+    Store(settings.artifacts()).publish(file, key)
+    row = DatasetRow(
+        id=dataset_id,
+        owner=owner,
+        filename=file.name,
+        bytes=size,
+        sha256=sha256,
+        status="processed",
+        format="messages",
+        key=key,
+    )
+    with database.write() as session:
+        session.add(row)
+    return dataset_id
 
 
 def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -40,7 +41,10 @@ class Box:
     def start(self) -> None:
         self._served = Served(self._folder, TUNEYARD_MODELS_ROOT=str(self._models), TUNEYARD_STANDBY="off")
         self._url = self._served.ready()
-        self.client = Client(self._url, (self._folder / "local.key").read_text().strip())
+        self._open = contextlib.ExitStack()
+        self.client = self._open.enter_context(
+            Client(self._url, (self._folder / "local.key").read_text().strip())
+        )
 
     def checkpoints(self, job_id: str) -> set[int]:
         listed = self._served.get(self._url, f"/jobs/{job_id}/checkpoints").json()["data"]
@@ -48,7 +52,7 @@ class Box:
 
     def stop(self) -> None:
         """As Ctrl-C does."""
-        self.client.close()
+        self._open.close()
         self._served.process.send_signal(signal.SIGINT)
         assert self._served.process.wait(60) == 0
         if self._served.process.stdout is not None:

@@ -169,6 +169,10 @@ def _run(pipeline: Pipeline, attempt: Attempt, control: ChildControl) -> None:
     except Exception as error:
         failure = explain(error)
         logger.exception("The job failed")
+        if failure.code == FailureCode.OUT_OF_MEMORY:
+            # Whatever the process still holds goes with it: the next attempt has one of its own.
+            sink.run_out_of_memory(failure)
+            return
         entry = Entry(
             f"Failed: {failure.message} {failure.advice}".strip(),
             level="error",
@@ -225,6 +229,7 @@ def _fetch_inputs(
         validation_file=fetched.get("validation_dataset"),
         prepared_bytes=settings.data_cache_bytes,
         store=store.folder(),
+        gpu_memory_fraction=settings.gpu_memory_fraction,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Self
 
 from pydantic import ValidationError
 
@@ -18,7 +19,7 @@ from shared.events import Entry
 from shared.ids import new_token
 from shared.lifecycle import FailureCode, JobStatus
 from shared.plan import Plan
-from shared.planner import make_plan
+from shared.planner import cheaper_plan, make_plan
 from shared.repository import keys, leases, logs
 from shared.repository.jobs import set_status
 from shared.settings import Settings
@@ -26,6 +27,7 @@ from shared.shape import ModelShape
 from shared.spec import JobSpec
 from shared.tables import Job
 from worker.gpus import measure_free
+from worker.training.failures import MEMORY_ADVICE
 
 # Jobs looked at in one go; more than this many that fit nowhere hold up those behind them.
 LOOK_AT = 500
@@ -43,12 +45,30 @@ class Match:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a waiting job asks for, and the shape of its model where that is known."""
+    """What a waiting job asks for, and the shape of its model where that is known.
+
+    `too_large` are the plans under which it has run out of memory: the next one takes less.
+    """
 
     spec: JobSpec
     shape: ModelShape | None
+    too_large: tuple[Plan, ...] = ()
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """
+        Raises:
+            ValidationError: this version does not understand the spec.
+        """
+        return cls(
+            JobSpec.from_json(job.spec),
+            ModelShape.from_json(job.model_shape) if job.model_shape else None,
+            tuple(Plan.model_validate(plan) for plan in leases.plans_too_large(job)),
+        )
 
     def plan(self, devices: Sequence[Device]) -> Plan | None:
+        if self.too_large:
+            return cheaper_plan(self.spec, self.shape, devices, self.too_large)
         return make_plan(self.spec, self.shape, devices)
 
 
@@ -85,11 +105,10 @@ class Claims:
             return
         for job in waiting:
             try:
-                spec = JobSpec.from_json(job.spec)
+                wanted = Wanted.of(job)
             except ValidationError as error:
                 self._refuse_unreadable(job, error)
                 continue
-            wanted = Wanted(spec, ModelShape.from_json(job.model_shape) if job.model_shape else None)
             match = find_match(wanted, [measured[index] for index in left])
             if match is None:
                 if self._keeps_slots(wanted, left):
@@ -112,6 +131,9 @@ class Claims:
         with self._database.write() as session:
             job = leases.claim(session, job_id, self._worker, new_token(), expires_at)
             if job is not None:
+                if leases.plans_too_large(job):
+                    entry = Entry(f"Trying with less memory: {plan.reason}", data={"plan": plan.model_dump()})
+                    logs.append_entries(session, job.id, [entry])
                 job.plan = plan.model_dump()
                 job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
         return job
@@ -119,6 +141,11 @@ class Claims:
     def _wait(self, job: Job, wanted: Wanted, left: Collection[int], measured: dict[int, Device]) -> None:
         """Tell the job why it waits, once, and end it when that has taken too long."""
         fitting = [slot for slot in self._slots if wanted.spec.gpus > 1 or find_match(wanted, [slot])]
+        if wanted.too_large and not fitting and not self._fits_elsewhere(wanted):
+            last = wanted.too_large[-1]
+            why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
+            self._refuse(job, FailureCode.OUT_OF_MEMORY, why, MEMORY_ADVICE)
+            return
         if find_match(wanted, self._slots) is None:
             why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
         elif all(slot.index not in left for slot in fitting):

@@ -67,7 +67,18 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
         if index.isdigit() and memory.isdigit():
             # 0 would say that it is not known.
             free[int(index)] = max(int(memory) << 20, 1)
-    return [replace(device, memory_bytes=free.get(device.index, device.memory_bytes)) for device in devices]
+    # What a device of a worker has may be a share of the GPU.
+    return [
+        replace(d, memory_bytes=min(free[d.index], d.memory_bytes or free[d.index])) if d.index in free else d
+        for d in devices
+    ]
+
+
+def with_share(devices: Sequence[Device], fraction: float) -> list[Device]:
+    """The devices, GPUs with this share of their memory."""
+    return [
+        replace(d, memory_bytes=int(d.memory_bytes * fraction)) if d.kind == "cuda" else d for d in devices
+    ]
 
 
 def _ask(tool: str, query: Sequence[str]) -> str:

@@ -159,11 +159,7 @@ class DatabaseSink:
             LeaseLost: another attempt has the job.
         """
         self._stop_thread()
-        recorded = (
-            storable({"code": failure.code, "message": failure.message, "advice": failure.advice})
-            if failure
-            else None
-        )
+        recorded = _recorded(failure) if failure else None
         last = _storable_entry(entry)
 
         def write(session: Session, job: Job) -> None:
@@ -180,6 +176,16 @@ class DatabaseSink:
         """
         self._stop_thread()
         self._commit(lambda session, job: leases.give_back(session, job, why))
+
+    def run_out_of_memory(self, failure: JobFailure) -> None:
+        """End this attempt, and the job if no cheaper plan is left to try.
+
+        Raises:
+            LeaseLost: another attempt has the job.
+        """
+        self._stop_thread()
+        recorded = _recorded(failure)
+        self._commit(lambda session, job: leases.run_out_of_memory(session, job, recorded))
 
     def _stop_thread(self) -> None:
         self._closing = True
@@ -258,6 +264,13 @@ def storable(value: Any) -> Any:
     if isinstance(value, str):
         return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     return value
+
+
+def _recorded(failure: JobFailure) -> dict[str, Any]:
+    found: dict[str, Any] = storable(
+        {"code": failure.code, "message": failure.message, "advice": failure.advice}
+    )
+    return found
 
 
 def _storable_entry(entry: Entry) -> Entry:

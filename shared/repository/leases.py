@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlmodel import Session, col, select
 
@@ -15,6 +15,10 @@ from shared.lifecycle import LEASED, FailureCode, JobStatus, Phase
 from shared.repository import logs
 from shared.repository.jobs import set_status
 from shared.tables import Job
+
+# How often a job that ran out of memory is tried under a cheaper plan.
+MEMORY_RETRIES = 4
+OUT_OF_MEMORY = "out of memory"
 
 
 def queue(session: Session, limit: int) -> list[Job]:
@@ -123,6 +127,28 @@ def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     }
     set_status(job, JobStatus.FAILED, failure=failure)
     logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
+
+
+def run_out_of_memory(session: Session, job: Job, failure: dict[str, Any]) -> None:
+    """End an attempt that ran out of memory: queued again for a cheaper plan, or failed.
+
+    `plan_history` says of the attempt's plan that it ran out of memory, and after which step.
+    """
+    step = job.progress["step"] if job.progress else 0
+    if job.phase != Phase.EXPORTING and job.plan_history:
+        last = job.plan_history[-1] | {"reason": OUT_OF_MEMORY, "step": step}
+        job.plan_history = [*job.plan_history[:-1], last]
+        if len(plans_too_large(job)) <= MEMORY_RETRIES:
+            give_back(session, job, f"{failure['message']} That was after step {step}.")
+            return
+    set_status(job, JobStatus.FAILED, failure=failure)
+    entry = Entry(f"Failed: {failure['message']} {failure['advice']}", level="error", data=failure)
+    logs.append_entries(session, job.id, [entry])
+
+
+def plans_too_large(job: Job) -> list[dict[str, Any]]:
+    """The plans under which the job has run out of memory."""
+    return [entry["plan"] for entry in job.plan_history if entry.get("reason") == OUT_OF_MEMORY]
 
 
 class Holder(NamedTuple):

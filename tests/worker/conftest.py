@@ -29,11 +29,14 @@ def start(settings: Settings, database: Database, doorbell: Doorbell) -> Iterato
     """Start supervisors; all are stopped at the end."""
     running: list[tuple[Supervisor, threading.Thread]] = []
 
-    def begin(slots: int = 1, **changes: object) -> Supervisor:
-        devices = [Device("cpu", n, "CPU", 8 << 30) for n in range(slots)]
-        supervisor = Supervisor(
-            settings.model_copy(update=changes), database, doorbell, devices, "tests.worker.fake_child"
-        )
+    def begin(
+        slots: int = 1,
+        module: str = "tests.worker.fake_child",
+        devices: list[Device] | None = None,
+        **changes: object,
+    ) -> Supervisor:
+        devices = devices or [Device("cpu", n, "CPU", 8 << 30) for n in range(slots)]
+        supervisor = Supervisor(settings.model_copy(update=changes), database, doorbell, devices, module)
         thread = threading.Thread(target=supervisor.run)
         thread.start()
         running.append((supervisor, thread))

@@ -42,6 +42,9 @@ def pipeline(
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "forever":
         _train_until_stopped(sink, control, checks=True)
+    if word == "hungry":
+        _run_out_of_memory(workdir, sink, attempts=int((spec.name or "").split()[1]))
+        return _succeed(workdir, sink)
     if word == "patient":
         return _train_until_told_to_leave(workdir, sink, control)
     if word == "loading":
@@ -51,6 +54,13 @@ def pipeline(
         subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
         _train_until_stopped(sink, control, checks=False)
     raise AssertionError(word)
+
+
+def _run_out_of_memory(workdir: Workdir, sink: EventSink, attempts: int) -> None:
+    """In as many attempts, each time after step 2."""
+    if int(workdir.root.name.partition("-")[0]) <= attempts:
+        sink.progress(Progress(step=2, total_steps=3, epoch=0.5))
+        raise MemoryError("no room for 4 GiB")
 
 
 def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: TrainingControl) -> list[Artifact]:

@@ -14,15 +14,14 @@ import pytest
 
 from shared.clock import utcnow
 from shared.database import Database
-from shared.ids import new_dataset_id
 from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
 from shared.settings import Settings
 from shared.storage import Store
-from shared.tables import DatasetRow, Job, LogEntry
+from shared.tables import Job, LogEntry
 from shared.valkey import EmbeddedValkey
 from tests.conftest import wait_for
-from tests.samples import make_job, size_and_hash
+from tests.samples import add_dataset, make_job
 from tests.worker.conftest import CPU, Start
 from worker.supervisor import Supervisor
 
@@ -91,19 +90,11 @@ def test_a_job_runs_to_its_end(
 def test_a_job_gets_both_of_its_uploaded_files(
     start: Start, database: Database, settings: Settings, doorbell: Doorbell, tmp_path: Path
 ) -> None:
-    ids = [new_dataset_id(), new_dataset_id()]
-    for dataset_id in ids:
-        file = tmp_path / dataset_id
-        file.write_text(f"[{dataset_id}]")
-        key = f"datasets/{dataset_id}/data"
-        size, sha256 = size_and_hash(file)
-        Store(settings.artifacts()).publish(file, key)
-        row = DatasetRow(
-            id=dataset_id, owner="ann", filename="x", bytes=size, sha256=sha256, status="processed",
-            format="messages", key=key,
-        )  # fmt: skip
-        with database.write() as session:
-            session.add(row)
+    ids = []
+    for text in ("[first]", "[second]"):
+        file = tmp_path / text
+        file.write_text(text)
+        ids.append(add_dataset(database, settings, file))
     both = {
         "dataset": {"source": "file", "file_id": ids[0]},
         "validation_dataset": {"source": "file", "file_id": ids[1]},
@@ -115,7 +106,7 @@ def test_a_job_gets_both_of_its_uploaded_files(
     with database.read() as session:
         (artifact,) = files.list_artifacts(session, job_id)
     given = b"".join(Store(settings.artifacts()).read(artifact.key, 0, 200))
-    assert given.decode() == f"[{ids[0]}][{ids[1]}]"
+    assert given.decode() == "[first][second]"
 
 
 def test_without_any_doorbell_the_database_is_looked_into(start: Start, database: Database) -> None:

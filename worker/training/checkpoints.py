@@ -19,6 +19,8 @@ from worker.checkpoints import checkpoint_folder, complete_checkpoints, discard,
 RECORD = "checkpoint.json"
 # What the trainer's own files lack: the rows of metrics, evaluations, and where early stopping is.
 STATE = "job_state.json"
+# Of the two above: a checkpoint in another one is another version's.
+FORMAT = 1
 # transformers puts its arguments there, as a pickle that nothing here may read.
 _UNREAD = "training_args.bin"
 
@@ -35,6 +37,7 @@ class Identity:
     data: str
     total_steps: int
     effective_batch: int
+    format: int = FORMAT
 
     @classmethod
     def of(

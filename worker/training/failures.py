@@ -9,8 +9,8 @@ from shared.errors import DatasetError, JobFailure
 from shared.lifecycle import FailureCode
 
 MEMORY_ADVICE = (
-    "Halve training.per_device_train_batch_size and double training.gradient_accumulation_steps (the "
-    "effective batch stays the same), or lower max_seq_length."
+    "Smaller micro-batches and recomputed activations are tried by themselves, at the same effective batch. "
+    "Lower max_seq_length, set quantization to 4bit, lower lora.r, or choose a smaller model."
 )
 DISK_ADVICE = "Free space in the server's data folder, or ask for fewer exports, then submit the job again."
 DIVERGED_ADVICE = (

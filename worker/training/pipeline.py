@@ -57,6 +57,7 @@ def _run(
 ) -> list[Artifact]:
     sink.phase(Phase.PREPARING_DATA)
     import_stack(plan.engine)
+    cap_gpu_memory(plan, workdir.gpu_memory_fraction)
     control.check()
     model = resolve_model(spec, workdir, control)
     check_length(spec, model)
@@ -104,6 +105,14 @@ def _run(
         training=result,
     )
     return _export(Trained(model, tokenizer, manifest, adapter), workdir.root, sink, control)
+
+
+def cap_gpu_memory(plan: Plan, fraction: float) -> None:
+    """Let torch take no more than this share of the GPU: it then fails as on a smaller one."""
+    if plan.device == "cuda" and fraction < 1:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def _load(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:

@@ -16,7 +16,8 @@ class Workdir:
     models, and prepared data up to `prepared_bytes`).
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
     a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where finished files
-    go, None where that is on no disk of this machine.
+    go, None where that is on no disk of this machine. `gpu_memory_fraction` is the share of each GPU's memory
+    that the attempt may take.
     """
 
     root: Path
@@ -26,3 +27,4 @@ class Workdir:
     validation_file: Path | None = None
     prepared_bytes: int = DEFAULT_BYTES
     store: Path | None = None
+    gpu_memory_fraction: float = 1

@@ -214,7 +214,7 @@ def test_without_patience_the_last_step_is_exported(tmp_path: Path, tiny_model: 
     best = manifest["best_step"]
     assert (manifest["steps"], manifest["exported_step"], best) == (2, 2, 1)
     assert any(
-        entry.message == f"Exporting the adapter of step 3: the last; step {best} had the lowest eval loss."
+        entry.message == f"Exporting the adapter of step 2: the last; step {best} had the lowest eval loss."
         for entry in outcome.sink.entries
     )
 

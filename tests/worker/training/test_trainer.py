@@ -157,12 +157,14 @@ def test_how_a_batch_is_split_changes_nothing_in_the_order_of_rows(
     def order(micro_batch: int) -> list[list[list[int]]]:
         spec = make_spec(packing=False)
         plan = plan_for(spec, micro_batch=micro_batch, accumulation=4 // micro_batch)
-        rows = [{"input_ids": [n + 5], "labels": [n + 5], "seq_lengths": [1]} for n in range(11)]
+        tokenizer = load_tokenizer(model)
+        settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
+        rows = [{"input_ids": [n + 5], "labels": [n + 5], "seq_lengths": [1]} for n in range(43)]
         trainer = make_trainer(
             spec,
             plan,
             load_model(spec, plan, model),
-            load_tokenizer(model),
+            tokenizer,
             dataclasses.replace(data, train=datasets.Dataset.from_list(rows)),
             9,
             tmp_path,
