@@ -5,8 +5,8 @@ TUNEYARD_TEST_SMOLLM2 names the folder that the bundled model was converted to.
 
 Tolerances. All engines start from the same adapters and see the same rows without dropout. In bfloat16 a
 product keeps 8 bits, and each engine rounds at other places: losses agree to 1%. nf4 and float8 replace the
-weights themselves by others that lie some per cent away, which moves the loss from the first step on: they get
-bounds of their own, against the reference with the same quantisation where there is one.
+weights themselves by others that lie some per cent away, which moves the loss from the first step on: they
+get bounds of their own, against the reference with the same quantisation where there is one.
 """
 
 from __future__ import annotations
