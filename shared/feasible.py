@@ -28,7 +28,7 @@ def check_runnable(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequ
         return
     found = _on_any(spec, shape, boxes)
     if not found:
-        raise _unavailable(spec, shape, devices)
+        raise _unavailable(spec, shape, boxes)
     if not any(candidate.fits for candidate in found):
         raise _too_large(spec, shape, boxes, found)
 
@@ -37,12 +37,15 @@ def _on_any(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[De
     return [candidate for box in boxes for candidate in candidates(spec, shape, box)]
 
 
-def _unavailable(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device]) -> InvalidRequest:
-    gpus = [d for d in devices if d.kind == "cuda"]
-    if spec.gpus > 1 and (len(gpus) < spec.gpus or all(d.kind == "cpu" for d in devices)):
+def _unavailable(
+    spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]]
+) -> InvalidRequest:
+    gpus = [device for box in boxes for device in box if device.kind == "cuda"]
+    most = max(sum(device.kind == "cuda" for device in box) for box in boxes)
+    if spec.gpus > 1 and most < spec.gpus:
         return _refusal(
             "gpus",
-            f"{spec.gpus}: no worker on line has so many GPUs. Ask for fewer.",
+            f"{spec.gpus}: no worker on line has so many GPUs; the most that one has is {most}.",
             code="not_available_here",
         )
     if not gpus:

@@ -171,7 +171,7 @@ class JobSpec(SpecModel):
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     engine: Engine = "auto"
-    gpus: Literal[1] = 1
+    gpus: Annotated[int, Field(ge=1, le=8)] = 1
     time_limit_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     exports: Annotated[
         tuple[ExportFormat, ...], Field(min_length=1, max_length=6), AfterValidator(_distinct)
@@ -220,6 +220,18 @@ class JobSpec(SpecModel):
         if engine in ("reference", "unsloth") and precision == "fp8":
             raise ValueError("fp8 is the compiled engine's: leave precision or engine on auto")
         return engine
+
+    @field_validator("gpus")
+    @classmethod
+    def _gpus_share_the_batch(cls, gpus: int, info: ValidationInfo) -> int:
+        training = info.data.get("training")
+        if training is not None:
+            batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            if batch % gpus:
+                raise ValueError(
+                    f"must divide the effective batch (batch size x accumulation), which is {batch}"
+                )
+        return gpus
 
     @field_validator("tool_call_style")
     @classmethod

@@ -157,7 +157,7 @@ def _run(pipeline: Pipeline, attempt: Attempt, control: ChildControl) -> None:
     order, settings, sink = attempt.order, attempt.settings, attempt.sink
     try:
         spec, plan, keys = _read_job(order, settings, attempt.database)
-        workdir = _fetch_inputs(Path(order.workdir), settings, attempt.store, spec, keys)
+        workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
         pipeline(spec, plan, workdir, sink, control)
     except JobStopped:
         sink.give_back("The worker was stopped.")
@@ -202,13 +202,14 @@ def _read_job(order: Order, settings: Settings, database: Database) -> tuple[Job
 
 
 def _fetch_inputs(
-    root: Path, settings: Settings, store: Store, spec: JobSpec, keys: dict[str, str]
+    order: Order, settings: Settings, store: Store, spec: JobSpec, keys: dict[str, str]
 ) -> Workdir:
     """What was there when the job was accepted, unless somebody has removed it since.
 
     Raises:
         JobFailure: `invalid_dataset` or `model_unavailable`.
     """
+    root = Path(order.workdir)
     try:
         fetched = {name: store.fetch(key, root / name) for name, key in keys.items()}
     except FileNotFoundError as error:
@@ -230,6 +231,7 @@ def _fetch_inputs(
         prepared_bytes=settings.data_cache_bytes,
         store=store.folder(),
         gpu_memory_fraction=settings.gpu_memory_fraction,
+        gpus=tuple(order.gpus),
     )
 
 

@@ -29,7 +29,17 @@ def pipeline(
 ) -> list[Artifact]:
     word = (spec.name or "succeed").split()[0]
     sink.phase(Phase.TRAINING)
-    sink.log(Entry("started", data={"pid": os.getpid(), "plan": plan.engine, "samples": spec.max_samples}))
+    sink.log(
+        Entry(
+            "started",
+            data={
+                "pid": os.getpid(),
+                "plan": plan.engine,
+                "samples": spec.max_samples,
+                "gpus": list(workdir.gpus),
+            },
+        )
+    )
     if word == "succeed":
         return _succeed(workdir, sink)
     if word == "odd":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shared.clock import utcnow
@@ -17,7 +18,10 @@ from shared.repository import jobs, keys, logs
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import WorkerRow
+from tests.conftest import wait_for
 from tests.samples import make_job
+from tests.worker.conftest import Start
+from tests.worker.test_supervisor import child_pid, entries
 from worker import claims
 from worker.claims import Claims
 
@@ -152,3 +156,48 @@ def test_a_driver_that_fails_starts_nothing(box: Claims, database: Database, tmp
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert claimed(box, SMALL, LARGE) == []
     assert status(database, job_id) == "queued"
+
+
+def test_a_job_for_several_gpus_keeps_what_is_free_until_there_are_enough(
+    box: Claims, database: Database
+) -> None:
+    both = make_job(database, name="job 10", gpus=2)
+    behind = make_job(database, name="job 10")
+    assert claimed(box, SMALL) == claimed(box, LARGE) == []
+    assert messages(database, behind) == ["Accepted."]
+    assert claimed(box, SMALL, LARGE) == [(both, [1, 0])]
+    assert claimed(box, LARGE) == [(behind, [1])]
+
+
+def test_a_job_for_more_gpus_than_the_box_has_or_that_do_not_fit_it_keeps_none(
+    box: Claims, database: Database
+) -> None:
+    four = make_job(database, name="job 10", gpus=4)
+    large = make_job(database, name="job 60", gpus=2)
+    one = make_job(database, name="job 10")
+    assert claimed(box, SMALL) == [(one, [0])]
+    assert status(database, four) == status(database, large) == "queued"
+
+
+def test_a_job_for_several_gpus_of_which_one_is_busy_holds_up_nobody(
+    box: Claims, database: Database, set_free: SetFree
+) -> None:
+    set_free(24, 5)
+    both = make_job(database, name="job 10", gpus=2)
+    one = make_job(database, name="job 10")
+    assert claimed(box, SMALL, LARGE) == [(one, [0])]
+    assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, both)[1]
+
+
+def test_the_child_sees_its_first_gpu_and_knows_the_others(start: Start, database: Database) -> None:
+    start(devices=[SMALL, LARGE], standby="auto")
+    job_id = make_job(database, name="forever 10", gpus=2)
+    behind = make_job(database, name="forever 10")
+    pid = wait_for(lambda: child_pid(database, job_id))
+    assert pid is not None
+    # The largest first; the process with this number was started before there was the job, or for it.
+    assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == "1"
+    (started,) = [e for e in entries(database, job_id) if e.message == "started"]
+    assert started.data is not None
+    assert started.data["gpus"] == [1, 0]
+    assert status(database, behind) == "queued"

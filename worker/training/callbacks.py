@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
         self.best: Row | None = None
         self.stopped = False
         self.evaluation_due = False
+        # Whether any of the job's processes wants it: all of them save together, or none does.
+        self.agree: Callable[[bool], bool] = bool
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a later attempt needs to go on from this step; `restore` takes it."""
@@ -95,15 +98,15 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
         self.speed.start()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._check()
+        self.check_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._check()
+        self.check_step()
         due = False
         if self._evaluations is not None:
             every, step = self._evaluations.steps, state.global_step
             due = step == self._total_steps or (every is not None and step % every == 0)
-        leaving = self._control.leaving()
+        leaving = self.agree(self._control.leaving())
         self.evaluation_due = due and leaving
         control.should_evaluate = due and not leaving
         control.should_save = control.should_save or leaving
@@ -186,7 +189,7 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
         wanted = self._evaluations is not None and self._evaluations.patience is not None
         return int(self.best["step"] or 0) if wanted and self.best else None
 
-    def _check(self) -> None:
+    def check_step(self) -> None:
         """Whoever leaves with a checkpoint goes on to the step's end."""
         if not self._control.leaving():
             self._control.check()

@@ -12,7 +12,7 @@ import trl
 from torch.utils.data import Sampler
 
 from shared.errors import JobStopped
-from worker.training.collate import FlatCollator
+from worker.training.collate import IGNORED, FlatCollator
 from worker.training.optimizer import AdamW8bit
 
 
@@ -22,11 +22,13 @@ class RowOrder(Sampler[int]):
     The data comes shuffled, with its longest rows first: a job that will run out of memory does so in its
     first step rather than after an hour. Rows that are padded lie in batches of like lengths, which stay
     together; packed rows are shuffled one by one. A batch that isn't full stays the last. A batch is an
-    effective one: how the plan splits it changes nothing in the order.
+    effective one: how the plan splits it changes nothing in the order. Behind the `rows` come `fill` more
+    that only fill up the last batches.
     """
 
-    def __init__(self, rows: int, seed: int, batch: int = 1) -> None:
+    def __init__(self, rows: int, seed: int, batch: int = 1, fill: int = 0) -> None:
         self._rows = rows
+        self._fill = fill
         self._batch = batch
         self._seed = seed
         self._epoch = 0
@@ -36,16 +38,35 @@ class RowOrder(Sampler[int]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        everything = self._rows + self._fill
         if self._epoch == 0:
-            return iter(range(self._rows))
+            return iter(range(everything))
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         full = self._rows // self._batch
         rows = torch.arange(full * self._batch).reshape(full, self._batch)
         shuffled = rows[torch.randperm(full, generator=generator)].flatten().tolist()
-        return iter([*shuffled, *range(full * self._batch, self._rows)])
+        return iter([*shuffled, *range(full * self._batch, everything)])
 
     def __len__(self) -> int:
-        return self._rows
+        return self._rows + self._fill
+
+
+def filled(rows: Any, batch: int, pad_token_id: int) -> tuple[Any, int]:
+    """The rows, and behind them as many empty ones as make full batches for every process; and how many.
+
+    Nothing is learnt from an empty row. Without them accelerate would train on the first rows once more.
+
+    Args:
+        batch: rows of all processes' micro-batches together.
+    """
+    import datasets
+
+    fill = -len(rows) % batch
+    if not fill:
+        return rows, 0
+    empty = {"input_ids": [pad_token_id] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    more = datasets.Dataset.from_list([empty] * fill, features=rows.features)
+    return datasets.concatenate_datasets([rows, more]), fill
 
 
 class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
@@ -61,6 +82,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     publish: Callable[[int], None]
     check: Callable[[], None]
     put_off_evaluation: Callable[[], bool]
+    # How many of the rows, the last ones, only fill up batches.
+    fill = 0
     # Right and learnt tokens since the last log, and all tokens, on the device: reading them waits for it.
     counts: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -102,7 +125,7 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
         rows = train_dataset if train_dataset is not None else self.train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         batch = 1 if isinstance(self.data_collator, FlatCollator) else step
-        return RowOrder(len(rows), self.args.data_seed, batch)
+        return RowOrder(len(rows) - self.fill, self.args.data_seed, batch, self.fill)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more
         """The held-out rows' mean loss and accuracy over all trained tokens, told to the callbacks.
@@ -124,20 +147,29 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def _measure(self) -> dict[str, float]:
         rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        loss = correct = tokens = 0.0
+        processes = self.accelerator.num_processes
+        sums = torch.zeros(3, dtype=torch.float64)
         self.model.eval()
         with torch.no_grad():
-            for start in range(0, len(rows), size):
+            for start in range(size * self.accelerator.process_index, len(rows), size * processes):
                 self.check()
                 batch = self.data_collator([rows[at] for at in range(start, min(start + size, len(rows)))])
                 inputs = {n: tensor.to(self.args.device) for n, tensor in batch.items() if n != "num_tokens"}
                 found = self.model(**inputs)
                 valid = found.num_valid_tokens.item()
                 if valid:
-                    tokens += valid
-                    loss += found.loss.item() * valid
-                    correct += found.num_correct_tokens.item()
+                    told = [found.loss.item() * valid, found.num_correct_tokens.item(), valid]
+                    sums += torch.tensor(told, dtype=torch.float64)
+        # The same figures on every process, so that all of them decide alike when to stop.
+        loss, correct, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return {"eval_loss": loss / tokens, "eval_mean_token_accuracy": correct / tokens}
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether it is so on any of the job's processes; all of them have to ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.args.device)
+        return bool(self.accelerator.reduce(told, "sum").item())
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the trainer's signature
         return str(self.aside)

@@ -28,6 +28,7 @@ from worker.training.models import (
     settle_tokenizer,
 )
 from worker.training.overlap import Loading
+from worker.training.ranks import Ranks
 from worker.training.stack import import_stack
 from worker.training.trainer import train
 from worker.training.workdir import Workdir
@@ -48,13 +49,11 @@ def run(
             failures of them.
         JobStopped: `control` said so. No half-written artifact is left.
     """
-    with library_messages(sink):
-        return _run(spec, plan, workdir, sink, control)
+    with library_messages(sink), Ranks(plan, workdir, control) as ranks:
+        return _run(spec, plan, workdir, sink, ranks)
 
 
-def _run(
-    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: TrainingControl
-) -> list[Artifact]:
+def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Ranks) -> list[Artifact]:
     sink.phase(Phase.PREPARING_DATA)
     import_stack(plan.engine)
     cap_gpu_memory(plan, workdir.gpu_memory_fraction)
@@ -62,6 +61,7 @@ def _run(
     model = resolve_model(spec, workdir, control)
     check_length(spec, model)
     tokenizer = load_tokenizer(model)
+    control.start(spec, model)
     # On a CPU both would want the same cores.
     loading = Loading(lambda: _load(spec, plan, model), control) if plan.device == "cuda" else None
     data = prepare_data(
@@ -84,9 +84,11 @@ def _run(
     sink.log(Entry(message=describe(model, plan, trained)))
     control.check()
 
+    control.join(data)
     sink.phase(Phase.TRAINING)
     output = workdir.root / CHECKPOINTS
     result = train(spec, plan, trained, tokenizer, data, output, sink, control, model.revision)
+    control.leave()
 
     sink.phase(Phase.EXPORTING)
     adapter = workdir.root / "adapter"

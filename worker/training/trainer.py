@@ -91,11 +91,17 @@ def train(
         sink.checkpoint(checkpoints.publish(step, state, callback.checkpoint_metrics(), callback.kept_step()))
 
     trainer.aside, trainer.publish = checkpoints.aside, publish
-    trainer.check, trainer.put_off_evaluation = control.check, callback.put_off_evaluation
+    # One process of several can't leave an evaluation by itself: the others would wait for its share.
+    alone = plan.gpus == 1
+    trainer.check = control.check if alone else callback.check_step
+    trainer.put_off_evaluation, callback.agree = callback.put_off_evaluation, trainer.any_process
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if trainer.accelerator.process_index > 0:
+        # The adapters started alike on every GPU; dropout draws for other rows.
+        torch.manual_seed(training.seed + trainer.accelerator.process_index)
     # A GPU is through with a micro-batch before anybody grows impatient, and hooks break compiled layers.
-    hooks = stop_between_layers(model, control) if plan.device == "cpu" else []
+    hooks = stop_between_layers(model, control) if alone and plan.device == "cpu" else []
     try:
         if restored is None:
             trainer.train()
@@ -169,18 +175,22 @@ def make_trainer(
     import transformers
 
     from worker.training.collate import FlatCollator, PaddedCollator
-    from worker.training.job_trainer import JobTrainer
+    from worker.training.job_trainer import JobTrainer, filled
 
+    rows, fill = data.train, 0
+    if plan.gpus > 1:
+        rows, fill = filled(rows, plan.micro_batch * plan.gpus, tokenizer.pad_token_id)
     trainer = JobTrainer(
         model=model,
         args=sft_config(spec, plan, steps, output),
         # As arrays: lists of numbers take a GPU's time to turn into tensors.
-        train_dataset=data.train.with_format("numpy"),
+        train_dataset=rows.with_format("numpy"),
         eval_dataset=data.validation and data.validation.with_format("numpy"),
         processing_class=tokenizer,
         data_collator=(FlatCollator if spec.packing else PaddedCollator)(tokenizer.pad_token_id),
         callbacks=callbacks,
     )
+    trainer.fill = fill
     # It prints each log line to stdout, which belongs to whoever runs the job.
     trainer.remove_callback(transformers.PrinterCallback)
     engine_of(plan).wire(trainer, spec, plan)
@@ -195,7 +205,7 @@ def total_steps(spec: JobSpec, plan: Plan, rows: int) -> int:
     """
     if spec.training.max_steps is not None:
         return spec.training.max_steps
-    micro_batches = math.ceil(rows / plan.micro_batch)
+    micro_batches = math.ceil(rows / (plan.micro_batch * plan.gpus))
     steps_per_epoch = math.ceil(micro_batches / plan.accumulation)
     return math.ceil(steps_per_epoch * spec.training.num_train_epochs)
 
@@ -242,6 +252,9 @@ def sft_config(spec: JobSpec, plan: Plan, steps: int, output: Path) -> Any:
         padding_free=False,
         max_length=None,
         dataloader_num_workers=0,
+        # With several GPUs: each step uses all trainable weights, and frozen ones are everywhere alike.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=plan.device == "cuda",
         accelerator_config={"non_blocking": plan.device == "cuda"},
         # The head's logits are computed for the tokens that count only, a chunk at a time.
@@ -255,7 +268,8 @@ def _announce(spec: JobSpec, plan: Plan, model: Any, steps: int, rows: int, sink
         Entry(
             message=f"Training {trainable:,} of {trainable + frozen:,} weights for {steps:,} steps over "
             f"{rows:,} rows of up to {spec.max_seq_length:,} tokens, "
-            f"{plan.micro_batch} x {plan.accumulation} rows a step.",
+            f"{plan.micro_batch} x {plan.accumulation} rows a step"
+            f"{f' on each of {plan.gpus} GPUs' if plan.gpus > 1 else ''}.",
             data={"trainable_parameters": trainable, "total_steps": steps, "rows": rows},
         )
     )
@@ -282,6 +296,7 @@ def _what_ran(plan: Plan, trainer: Any, callback: Any, memory_before: int) -> di
     frozen = next(p for p in base.parameters() if not p.requires_grad)
     return {
         "engine": plan.engine,
+        "gpus": plan.gpus,
         "device": str(frozen.device),
         "dtype": str(frozen.dtype).removeprefix("torch."),
         "packing": isinstance(trainer.data_collator, FlatCollator),

@@ -14,6 +14,7 @@ class Workdir:
 
     `root` is the attempt's own folder, `cache` is shared by all jobs of the box (converted bundled
     models, and prepared data up to `prepared_bytes`).
+    `gpus` are the numbers of the job's GPUs, as nvidia-smi has them, where it runs on several.
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
     a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where finished files
     go, None where that is on no disk of this machine. `gpu_memory_fraction` is the share of each GPU's memory
@@ -28,3 +29,4 @@ class Workdir:
     prepared_bytes: int = DEFAULT_BYTES
     store: Path | None = None
     gpu_memory_fraction: float = 1
+    gpus: tuple[int, ...] = ()

@@ -98,6 +98,20 @@ async def test_a_job_that_fits_no_gpu_is_refused_with_what_would(api: Api) -> No
     assert (error["code"], error["param"]) == ("not_available_here", "engine")
 
 
+async def test_more_gpus_than_any_one_worker_has_are_refused(api: Api) -> None:
+    fields = {"gpus": 2}
+    assert (await api.ann.post("/jobs", json=fields)).status_code == 201
+    for worker in ("one", "another"):
+        put_on_line(api, worker, H100)
+    for path in ("/jobs", "/jobs/estimate"):
+        error = error_of(await api.ann.post(path, json=fields), 422)
+        assert (error["code"], error["param"]) == ("not_available_here", "gpus")
+        assert "the most that one has is 1" in error["message"]
+    put_on_line(api, "two", H100, replace(H100, index=1))
+    assert (await api.ann.post("/jobs", json=fields)).json()["spec"]["gpus"] == 2
+    assert (await api.ann.post("/jobs/estimate", json=fields)).json()["plan"]["gpus"] == 2
+
+
 async def test_the_models_shape_is_kept_with_the_job(api: Api) -> None:
     for model, shape in ((SPEC["model"], SMOLLM2_135M), (DEFAULT_MODEL, NEMOTRON_NANO_4B)):
         job_id = await api.create(model=model)

@@ -1,0 +1,117 @@
+"""Jobs on several devices: two processes on the CPU, which talk through gloo as GPUs do through NCCL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from shared.errors import JobFailure, JobStopped
+from shared.events import MemorySink
+from tests.conftest import wait_for
+from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
+
+pytestmark = pytest.mark.train
+
+
+def ranks() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "worker.training.rank" in p.cmdline()]
+
+
+class StopAfterAStep(MemorySink):
+    """Stops the job once it has trained a step."""
+
+    def __init__(self, control: Running) -> None:
+        super().__init__()
+        self.control = control
+
+    def metrics(self, row: dict[str, float | int | None]) -> None:
+        super().metrics(row)
+        self.control.stop = True
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path, tiny_model: Path) -> None:
+    # 45 rows make a last step that is not full, and a last batch that only one rank has.
+    spec = make_spec(
+        {"num_train_epochs": 2, "max_steps": None, "eval_steps": 3, "optim": "adamw_torch"},
+        lora={"r": 8, "dropout": 0.0},
+        packing=False,
+        validation_fraction=0.2,
+    )
+    found = {}
+    for gpus, accumulation in ((2, 2), (1, 4)):
+        workdir = new_workdir(tmp_path / str(gpus), tiny_model, rows=45)
+        outcome = run_job(spec, workdir, gpus=gpus, micro_batch=2, accumulation=accumulation)
+        weights = load_file(workdir.root / "adapter" / "adapter_model.safetensors")
+        found[gpus] = outcome.sink, weights
+    (two, weights), (one, expected) = found[2], found[1]
+    assert len(two.rows) == len(one.rows) > 4
+    for mine, other in zip(two.rows, one.rows, strict=True):
+        # Not the fraction of an epoch: the last batches are filled up.
+        names = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy")
+        assert [mine[n] for n in names] == pytest.approx([other[n] for n in names], rel=2e-4, abs=1e-5)
+        assert mine.get("eval_loss", 0) == pytest.approx(other.get("eval_loss", 0), rel=1e-4)
+    assert sum("eval_loss" in row for row in two.rows) > 1
+    for name, weight in expected.items():
+        assert (weights[name] - weight).norm() < 0.01 * weight.norm()
+    assert ranks() == []
+    assert "RANK" not in os.environ
+
+
+def test_a_stopped_job_ends_all_ranks(tmp_path: Path, tiny_model: Path) -> None:
+    control = Running()
+    sink = StopAfterAStep(control)
+    with pytest.raises(JobStopped):
+        run_job(
+            make_spec({"max_steps": 500}),
+            new_workdir(tmp_path, tiny_model),
+            sink,
+            control,
+            gpus=2,
+            micro_batch=1,
+        )
+    assert len(sink.rows) >= 1
+    assert ranks() == []
+
+
+class LeaveAfterAStep(StopAfterAStep):
+    """Lets the job end with a checkpoint."""
+
+    def metrics(self, row: dict[str, float | int | None]) -> None:
+        MemorySink.metrics(self, row)
+        self.control.leave = True
+
+
+def test_a_job_that_left_with_a_checkpoint_goes_on_with_fewer_ranks(tmp_path: Path, tiny_model: Path) -> None:
+    spec = make_spec({"max_steps": 6, "gradient_accumulation_steps": 2}, lora={"r": 8, "dropout": 0.0})
+    control = Running()
+    workdir = new_workdir(tmp_path, tiny_model)
+    with pytest.raises(JobStopped):
+        run_job(spec, workdir, LeaveAfterAStep(control), control, gpus=2, micro_batch=1, accumulation=1)
+    assert ranks() == []
+    assert (workdir.root / "checkpoints" / "checkpoint-2").is_dir()
+    outcome = run_job(spec, workdir, micro_batch=1, accumulation=2)
+    assert "Resumed from step 2 of 6." in [entry.message for entry in outcome.sink.entries]
+    assert [row["step"] for row in outcome.sink.rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rank_that_dies_ends_the_job_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
+    sink = MemorySink()
+
+    def kill() -> None:
+        wait_for(lambda: sink.rows, 60)
+        os.kill(ranks()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(JobFailure, match=r"GPU 1 of the job ended unexpectedly \(signal 9\)"):
+        run_job(
+            make_spec({"max_steps": 5000}), new_workdir(tmp_path, tiny_model), sink, gpus=2, micro_batch=1
+        )
+    killer.join()
+    assert ranks() == []
