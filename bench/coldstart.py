@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import JobStopped
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.lifecycle import Phase
 from shared.plan import Plan
 from shared.spec import BUNDLED_MODEL, JobSpec
@@ -34,13 +34,6 @@ from worker.training.workdir import Workdir
 PARTS = ("process", "imports", "model files, tokenizer", "data", "model", "first step")
 QUESTIONS = ("How high is the tide in {} on day {}?", "When does the ferry leave {} on day {}?")
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth")
-
-
-class GoOn:
-    """A control that never stops the run."""
-
-    def check(self) -> None:
-        return
 
 
 class Marks(MemorySink):

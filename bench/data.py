@@ -26,7 +26,7 @@ from rich.table import Table
 
 from shared.data.inspect import inspect_file
 from shared.errors import DatasetError
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.spec import BUNDLED_MODEL, JobSpec
 
 MAX_LENGTH = 4096
@@ -36,13 +36,6 @@ WORDS = (
     "museums", "fresh", "bread", "strong", "coffee", "music", "books", "trains",
 )  # fmt: skip
 CITIES = ("Tokyo", "São Paulo", "Zürich", "Nairobi", "Oslo", "Lima", "Kraków", "Perth", "Đà Nẵng", "Quito")
-
-
-class GoOn:
-    """A control that never stops the run."""
-
-    def check(self) -> None:
-        return
 
 
 def main() -> None:

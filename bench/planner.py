@@ -31,7 +31,7 @@ from rich.table import Table
 from bench.standins import CONFIGS, make_model, write_rows
 from shared.cost import GIB, Way, peak_bytes, tokens_per_second
 from shared.device import Device
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.plan import Checkpointing, EngineName, Plan, Precision, Quantization
 from shared.shape import ModelShape
 from shared.spec import JobSpec
@@ -126,13 +126,6 @@ TINY = (
     Point("reference", "tiny", "none", "fp32", 1, 512, "none", device="cpu"),
     Point("reference", "tiny", "none", "fp32", 2, 512, "all", device="cpu"),
 )
-
-
-class GoOn:
-    """A control that never stops the run."""
-
-    def check(self) -> None:
-        return
 
 
 def main() -> None:

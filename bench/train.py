@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.standins import CONFIGS, make_model, write_rows
-from shared.device import Device
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.plan import Plan
 from shared.planner import make_plan
 from shared.shape import ModelShape
-from shared.spec import JobSpec
+from shared.spec import TARGET_MODULES, JobSpec
+from worker.gpus import probe_gpus
 
 ROWS = 2500
 LENGTH, MICRO_BATCH, ACCUMULATION = 4096, 2, 4
@@ -57,15 +57,9 @@ WAYS = (
     Way("unsloth 16-bit", {"engine": "unsloth", "gradient_checkpointing": "all"}),
     Way("compiled", {"engine": "compiled"}),
     Way("compiled fp8", {"engine": "compiled", "precision": "fp8"}),
+    Way("reference", {"engine": "reference", "gradient_checkpointing": "all"}),
     Way("auto", None),
 )
-
-
-class GoOn:
-    """A control that never stops the run."""
-
-    def check(self) -> None:
-        return
 
 
 def main() -> None:
@@ -178,22 +172,20 @@ def ours(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]:
 
 
 def plan_of(way: Way, model_name: str, steps: int) -> Plan:
+    gpus = probe_gpus()
     if way.fields is not None:
         fields = {
-            "device": "cuda",
+            "device": "cuda" if gpus else "cpu",
             "quantization": "none",
-            "precision": "bf16",
+            "precision": "bf16" if gpus else "fp32",
             "micro_batch": MICRO_BATCH,
             "accumulation": ACCUMULATION,
             "gradient_checkpointing": "none",
             "reason": way.name,
         }
         return Plan.model_validate(fields | way.fields)
-    from worker.gpus import probe_gpus
-
     shape = ModelShape.from_config(CONFIGS[model_name])
-    gpu = probe_gpus()[0]
-    plan = make_plan(spec_of(steps), shape, [Device("cuda", 0, gpu.name, gpu.memory_bytes, gpu.engines)])
+    plan = make_plan(spec_of(steps), shape, gpus[:1])
     assert plan is not None
     return plan
 
@@ -202,7 +194,7 @@ def rival(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]
     """TRL's own way with its own tokenising and packing: on transformers and PEFT, or on plain Unsloth."""
     began = time.monotonic()
     if way.name == "seed":
-        from unsloth import FastLanguageModel
+        import unsloth  # noqa: F401
     import datasets
     import torch
     import transformers
@@ -210,36 +202,7 @@ def rival(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]
 
     imported = time.monotonic()
     path = str(make_model(model_name, models))
-    modules = list(spec_of(steps).lora.target_modules)
-    more: dict[str, Any] = {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if way.name == "seed":
-        model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=LENGTH, load_in_4bit=True)
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=16,
-            target_modules=modules,
-            lora_alpha=32,
-            lora_dropout=0.05,
-            bias="none",
-            use_gradient_checkpointing="unsloth",
-            random_state=42,
-        )
-    else:
-        import peft
-
-        four_bit = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=four_bit
-        )
-        more["peft_config"] = peft.LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=modules, task_type="CAUSAL_LM"
-        )
+    model, more = (load_on_unsloth if way.name == "seed" else load_as_it_comes)(path)
     loaded = time.monotonic()
     steps_at: list[float] = []
 
@@ -251,24 +214,9 @@ def rival(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.SFTTrainer(
             model=model,
-            processing_class=tokenizer,
+            processing_class=transformers.AutoTokenizer.from_pretrained(path),
             train_dataset=datasets.Dataset.from_list(as_text(models / "train-rows.jsonl")),
-            args=trl.SFTConfig(
-                output_dir=folder,
-                per_device_train_batch_size=MICRO_BATCH,
-                gradient_accumulation_steps=ACCUMULATION,
-                max_steps=steps,
-                learning_rate=2e-4,
-                logging_steps=1,
-                optim="adamw_8bit",
-                bf16=True,
-                seed=42,
-                report_to="none",
-                save_strategy="no",
-                packing=True,
-                max_length=LENGTH,
-                dataset_text_field="text",
-            ),
+            args=rival_arguments(folder, steps),
             callbacks=[Clock()],
             **more,
         )
@@ -292,6 +240,64 @@ def rival(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]
     }
 
 
+def rival_arguments(folder: str, steps: int) -> Any:
+    import trl
+
+    return trl.SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=steps,
+        learning_rate=2e-4,
+        logging_steps=1,
+        optim="adamw_8bit",
+        bf16=True,
+        seed=42,
+        report_to="none",
+        save_strategy="no",
+        packing=True,
+        max_length=LENGTH,
+        dataset_text_field="text",
+    )
+
+
+def load_on_unsloth(path: str) -> tuple[Any, dict[str, Any]]:
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=LENGTH, load_in_4bit=True)
+    adapted = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        target_modules=list(TARGET_MODULES),
+        lora_alpha=32,
+        lora_dropout=0.05,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=42,
+    )
+    return adapted, {}
+
+
+def load_as_it_comes(path: str) -> tuple[Any, dict[str, Any]]:
+    import peft
+    import torch
+    import transformers
+
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=four_bit
+    )
+    adapter = peft.LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM"
+    )
+    return model, {"peft_config": adapter}
+
+
 def as_text(rows: Path) -> list[dict[str, str]]:
     """The conversations in ChatML, as the script writes them."""
     found = []
@@ -302,7 +308,8 @@ def as_text(rows: Path) -> list[dict[str, str]]:
 
 
 def versions(torch: Any) -> dict[str, str]:
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"gpu": gpu, "torch": torch.__version__}
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:

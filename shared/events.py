@@ -114,6 +114,16 @@ class TrainingControl(Control, Protocol):
         """Whether the job is to stop with a checkpoint: training then goes on to the end of its step."""
 
 
+class GoOn:
+    """A control that lets a run go to its end, for callers that stop none."""
+
+    def check(self) -> None:
+        return
+
+    def leaving(self) -> bool:
+        return False
+
+
 class MemorySink:
     """Keeps everything in lists, for tests and for callers that want no database."""
 

@@ -22,7 +22,7 @@ def main() -> None:
     import torch
     from safetensors.torch import save_file
 
-    from shared.events import MemorySink
+    from shared.events import GoOn, MemorySink
     from shared.plan import Plan
     from shared.spec import JobSpec
     from worker.training.data import prepare_data
@@ -55,10 +55,6 @@ def main() -> None:
         gradient_checkpointing=order.get("checkpointing", "none"),
         reason="a test",
     )
-
-    class GoOn:
-        def check(self) -> None:
-            return
 
     config = json.loads((model_folder / "config.json").read_text())
     model = ResolvedModel("local/model", model_folder, config=config)

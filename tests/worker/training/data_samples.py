@@ -16,13 +16,6 @@ CORPUS = [
 ]
 
 
-class GoOn:
-    """A control that never stops the job."""
-
-    def check(self) -> None:
-        return
-
-
 @cache
 def tokenizer(kind: str = "chatml") -> Any:
     """Byte level: `chatml`, `added` (its tokens on top), `plain` (BOS, no ChatML); else Llama-2's way."""

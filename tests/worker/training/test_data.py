@@ -15,10 +15,10 @@ from shared.data.chatml import render
 from shared.data.conversation import Conversation
 from shared.data.formats import parse_row
 from shared.errors import JobFailure, JobStopped
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.lifecycle import FailureCode
 from shared.spec import JobSpec
-from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
+from tests.worker.training.data_samples import chat_row, tokenizer, write_jsonl
 from worker.training.data import PreparedData, prepare_data
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from shared.errors import JobStopped
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.spec import JobSpec
-from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
+from tests.worker.training.data_samples import chat_row, tokenizer, write_jsonl
 from worker.training import data_cache
 from worker.training.data import PreparedData, prepare_data
 from worker.training.data_cache import cached, key_of

@@ -13,10 +13,10 @@ from shared.data.chatml import system_text
 from shared.data.conversation import Conversation
 from shared.data.formats import parse_row
 from shared.errors import JobFailure
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.lifecycle import FailureCode
 from shared.spec import JobSpec
-from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
+from tests.worker.training.data_samples import chat_row, tokenizer, write_jsonl
 from worker.training.data import prepare_data
 from worker.training.templates import ModelTemplate, without_tools
 from worker.training.tokenize import Encoder, Tokens

@@ -12,10 +12,10 @@ import pytest
 
 from shared.data.conversation import Dropped
 from shared.errors import JobFailure, JobStopped
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.lifecycle import FailureCode
 from shared.spec import JobSpec
-from tests.worker.training.data_samples import GoOn, chat_row, tokenizer, write_jsonl
+from tests.worker.training.data_samples import chat_row, tokenizer, write_jsonl
 from worker.training import collect, encode
 from worker.training.data import prepare_data
 from worker.training.encode import Encoded, RowEncoder, RowSpec, encode_rows
