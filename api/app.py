@@ -18,7 +18,7 @@ from api.dependencies import authenticate, refuse_unknown_query
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
-from api.routes import artifacts, datasets, health, jobs, logs, models, system
+from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
 from api.schemas import ErrorOut
 from api.services.inspection import Inspector
 from api.services.uploads import sweep
@@ -30,7 +30,9 @@ from shared.spec import JobSpec
 from shared.storage import Store
 
 SCHEMA_REF = "#/components/schemas/{model}"
-ROUTERS = (jobs.router, logs.router, artifacts.router, datasets.router, models.router, system.router)
+ROUTERS = (
+    jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router, system.router
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> FastAPI:

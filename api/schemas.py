@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from urllib.parse import quote
 
-from pydantic import BaseModel, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from shared.clock import isoformat
-from shared.lifecycle import FailureCode, JobStatus, Phase
+from shared.exports import artifact_name
+from shared.lifecycle import ExportStatus, FailureCode, JobStatus, Phase
 from shared.plan import Plan
-from shared.tables import ArtifactRow, CheckpointRow, DatasetRow, Job
+from shared.spec import ExportFormat
+from shared.tables import ArtifactRow, CheckpointRow, DatasetRow, ExportTask, Job
 
 Time = Annotated[
     datetime,
@@ -79,6 +81,47 @@ class FailureOut(BaseModel):
     advice: str
 
 
+class ExportIn(BaseModel):
+    """A file to be made of a job that has succeeded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: ExportFormat
+    checkpoint: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="The step of a checkpoint; null for the adapter that training ended with."
+    )
+
+
+class ExportOut(BaseModel):
+    """An export that was asked for after its job had succeeded. `artifact` is there once it is made."""
+
+    id: str = Field(examples=["export-0123456789abcdefghijklmn"])
+    format: ExportFormat
+    checkpoint: int | None
+    status: ExportStatus
+    artifact: ArtifactOut | None
+    failure: FailureOut | None
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+
+    @classmethod
+    def of(cls, task: ExportTask, artifacts: list[ArtifactRow]) -> ExportOut:
+        name = artifact_name(task.format, task.checkpoint)
+        made = next((row for row in artifacts if row.name == name), None)
+        return cls(
+            id=task.id,
+            format=cast("ExportFormat", task.format),
+            checkpoint=task.checkpoint,
+            status=ExportStatus(task.status),
+            artifact=ArtifactOut.of(made) if made and task.status == ExportStatus.SUCCEEDED else None,
+            failure=FailureOut(**task.failure) if task.failure else None,
+            created_at=task.created_at,
+            started_at=task.started_at,
+            finished_at=task.finished_at,
+        )
+
+
 class JobOut(BaseModel):
     """A job. `spec` shows every default; `plan` is null until it is known what the job will run on."""
 
@@ -97,9 +140,10 @@ class JobOut(BaseModel):
     started_at: Time | None
     finished_at: Time | None
     artifacts: list[ArtifactOut]
+    exports: list[ExportOut] = Field(description="Those that were asked for after the job had succeeded.")
 
     @classmethod
-    def of(cls, job: Job, artifacts: list[ArtifactRow]) -> JobOut:
+    def of(cls, job: Job, artifacts: list[ArtifactRow], exports: list[ExportTask]) -> JobOut:
         return cls(
             id=job.id,
             status=JobStatus(job.status),
@@ -116,6 +160,7 @@ class JobOut(BaseModel):
             started_at=job.started_at,
             finished_at=job.finished_at,
             artifacts=[ArtifactOut.of(row) for row in artifacts],
+            exports=[ExportOut.of(task, artifacts) for task in exports],
         )
 
 

@@ -39,6 +39,7 @@ from shared.queue import Doorbell
 from shared.repository import leases, logs
 from shared.settings import Settings
 from shared.storage import Store
+from worker.lease import JobLease
 from worker.sink import DatabaseSink
 
 CLIENTS = (1, 20, 200)
@@ -288,7 +289,9 @@ def emit(root: str, job_id: str, seconds: float) -> None:
     with database.write() as session:
         if leases.claim(session, job_id, "bench", token, utcnow() + timedelta(seconds=30)) is None:
             raise RuntimeError("somebody else has the emitter's job")
-    sink = DatabaseSink(database, Store(settings.artifacts()), doorbell, job_id, token, 30, on_lost=sys.exit)
+    sink = DatabaseSink(
+        database, Store(settings.artifacts()), doorbell, JobLease(job_id, token), 30, on_lost=sys.exit
+    )
     sink.start()
     started = time.monotonic()
     for n in range(int(seconds * ENTRIES_A_SECOND)):

@@ -89,6 +89,15 @@ class Client:
         rows: list[Json] = self._json("GET", f"/jobs/{quote(job_id, safe='')}/artifacts")["data"]
         return rows
 
+    def export(self, job_id: str, fmt: str, checkpoint: int | None = None) -> Json:
+        """Ask for another file of a job that has succeeded."""
+        body = {"format": fmt, "checkpoint": checkpoint}
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/exports", json=body)
+
+    def exports(self, job_id: str) -> list[Json]:
+        rows: list[Json] = self._json("GET", f"/jobs/{quote(job_id, safe='')}/exports")["data"]
+        return rows
+
     def logs(self, job_id: str, *, follow: bool = False, after: int = 0) -> Iterator[Json]:
         """The entries of a job's log, oldest first; with `follow` until the job has ended.
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from cli import datasets, demo, jobs, keys, serve
+from cli import datasets, demo, exports, jobs, keys, serve
 from cli.client import ApiError, ConnectionFailed
 from shared.errors import TuneyardError
 
@@ -36,6 +36,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.artifacts,
     jobs.download,
     jobs.estimate,
+    exports.export,
 )
 for command in COMMANDS:
     app.command()(command)

@@ -75,7 +75,8 @@ def disk_need(
         kind: adapter_bytes
         if kind == "adapter"
         else math.ceil(parameters * BYTES_PER_WEIGHT[kind]) + SMALL_FILES_BYTES
-        for kind in spec.exports
+        # Without being asked for it is kept all the same, for exports that are asked for later.
+        for kind in dict.fromkeys(("adapter", *spec.exports))
     }
     sixteen_bit = 2 * parameters + SMALL_FILES_BYTES
     ggufs = any(kind.startswith("gguf:") for kind in spec.exports)

@@ -44,7 +44,8 @@ class Progress:
 class Artifact:
     """One complete file that a job produced, still in its work folder.
 
-    `kind` is the export string (`gguf:q4_k_m`), `manifest`, `metrics` or `modelfile`; `sha256` is hex.
+    `kind` is the export string (`gguf:q4_k_m`), `manifest`, `metrics` or `modelfile`; `sha256` is hex. One
+    that is not `listed` is kept for later exports and handed out to nobody.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Artifact:
     path: Path
     bytes: int
     sha256: str
+    listed: bool = True
 
 
 @dataclass(frozen=True)

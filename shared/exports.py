@@ -15,3 +15,8 @@ def artifact_name(kind: str, checkpoint: int | None = None) -> str:
     if kind.startswith("gguf:"):
         return f"model-{kind.removeprefix('gguf:')}{step}.gguf"
     return f"{kind}{step}.tar"
+
+
+def export_words(kind: str, checkpoint: int | None) -> str:
+    """`gguf:q4_k_m`, or `gguf:q4_k_m of step 500`, for messages."""
+    return kind if checkpoint is None else f"{kind} of step {checkpoint}"

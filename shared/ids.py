@@ -20,6 +20,10 @@ def new_dataset_id() -> str:
     return "file-" + _random(24)
 
 
+def new_export_id() -> str:
+    return "export-" + _random(24)
+
+
 def new_token() -> str:
     """A lease token, which also names the attempt's folders."""
     return _random(20)

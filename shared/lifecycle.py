@@ -40,6 +40,17 @@ class FailureCode(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
+class ExportStatus(StrEnum):
+    """Of a file that is made after its job has succeeded."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+UNDER_WAY = frozenset({ExportStatus.QUEUED, ExportStatus.RUNNING})
 TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
 # Statuses in which a worker holds a lease on the job.

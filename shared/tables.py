@@ -141,7 +141,33 @@ class ArtifactRow(SQLModel, table=True):
     bytes: int = Field(sa_type=BigInteger)
     sha256: str
     key: str
+    # The adapter of a job that did not ask for it is kept for later exports, and shown to nobody.
+    listed: bool = True
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class ExportTask(SQLModel, table=True):
+    """A file to be made after a job has succeeded: from its last adapter, or from a checkpoint's."""
+
+    __tablename__ = "export_task"
+    __table_args__ = (Index("ix_export_task_claim", "status", "created_at"),)
+
+    id: str = Field(primary_key=True)
+    job_id: str = _job_key(index=True)
+    format: str
+    checkpoint: int | None = None
+    status: str
+    failure: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    attempt: int = 0
+    losses: int = 0
+    worker: str | None = None
+    # Workers that have looked for the checkpoint and don't have it.
+    passed_by: list[str] = Field(default_factory=list, sa_type=JSON)
+    lease_token: str | None = None
+    lease_expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
 class DatasetRow(SQLModel, table=True):

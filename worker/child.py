@@ -24,7 +24,7 @@ from sqlalchemy.exc import OperationalError
 
 from shared.database import Database
 from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost
-from shared.events import Artifact, Entry, EventSink, TrainingControl
+from shared.events import Artifact, Control, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
 from shared.plan import EngineName, Plan
@@ -35,12 +35,15 @@ from shared.spec import FileDataset, JobSpec
 from shared.storage import Store
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import complete_checkpoints
+from worker.export_order import LaterExport, read_export
+from worker.lease import ExportLease, JobLease
 from worker.order import Order
 from worker.sink import DatabaseSink
 from worker.training.failures import explain
 from worker.training.workdir import Workdir
 
 Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, TrainingControl], list[Artifact]]
+Export = Callable[[LaterExport, Workdir, EventSink, Control], list[Artifact]]
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,13 @@ def train(
     return run(spec, plan, workdir, sink, control)
 
 
+def export(later: LaterExport, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+    """The real exports, of a job that has succeeded."""
+    from worker.training.later import export_later
+
+    return export_later(later, workdir, sink, control)
+
+
 def warm_up(engine: EngineName) -> None:
     """Import what the pipeline will need, before there is a job."""
     from worker.training.stack import import_stack
@@ -115,15 +125,15 @@ def warm_up(engine: EngineName) -> None:
     import_stack(engine)
 
 
-def main(pipeline: Pipeline, warm_up: Callable[[EngineName], None]) -> None:
-    """Run one attempt with this pipeline: read the order, renew the lease, end the job or give it back."""
+def main(pipeline: Pipeline, export: Export, warm_up: Callable[[EngineName], None]) -> None:
+    """Run one attempt at a job, or at an export: read the order, renew the lease, end it or give it back."""
     control = ChildControl()
     control.start()
     if len(sys.argv) > 1:
         warm_up(cast("EngineName", sys.argv[1]))
     attempt = control.attempt()
     try:
-        _run(pipeline, attempt, control)
+        _run(pipeline, export, attempt, control)
     except LeaseLost:
         logger.warning("Another attempt has the job: this one ends without a word.")
         end_process_group()
@@ -144,8 +154,9 @@ def _begin(order: Order) -> Attempt:
         database,
         store,
         Doorbell(settings.redis()),
-        order.job_id,
-        order.token,
+        ExportLease(order.job_id, order.export_id, order.token)
+        if order.export_id
+        else JobLease(order.job_id, order.token),
         settings.lease_seconds,
         on_lost=end_process_group,
     )
@@ -153,12 +164,17 @@ def _begin(order: Order) -> Attempt:
     return Attempt(order, settings, database, store, sink)
 
 
-def _run(pipeline: Pipeline, attempt: Attempt, control: ChildControl) -> None:
+def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildControl) -> None:
     order, settings, sink = attempt.order, attempt.settings, attempt.sink
     try:
-        spec, plan, keys = _read_job(order, settings, attempt.database)
-        workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
-        pipeline(spec, plan, workdir, sink, control)
+        if order.export_id is not None:
+            later = read_export(order, order.export_id, attempt.database, attempt.store)
+            workdir = _fetch_inputs(order, settings, attempt.store, later.spec, {})
+            export(later, workdir, sink, control)
+        else:
+            spec, plan, keys = _read_job(order, settings, attempt.database)
+            workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
+            pipeline(spec, plan, workdir, sink, control)
     except JobStopped:
         sink.give_back("The worker was stopped.")
     except OperationalError as error:
@@ -237,4 +253,4 @@ def _fetch_inputs(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    main(train, warm_up)
+    main(train, export, warm_up)

@@ -12,7 +12,7 @@ class Order:
     """Which job, under which lease, where to work. One line of JSON on the child's standard input.
 
     `gpus` are the numbers, as nvidia-smi has them, of the GPUs that it may use; the process itself sees the
-    first of them alone.
+    first of them alone. `export_id` is that of an export to be made; without it the job itself is to be run.
     """
 
     job_id: str
@@ -20,6 +20,7 @@ class Order:
     workdir: str
     settings: dict[str, Any]
     gpus: tuple[int, ...] = ()
+    export_id: str | None = None
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

@@ -24,11 +24,11 @@ from shared.errors import JobFailure, LeaseLost
 from shared.events import Artifact, Checkpoint, Entry, Progress
 from shared.lifecycle import JobStatus, Phase
 from shared.queue import Doorbell
-from shared.repository import files, leases, logs
-from shared.repository.jobs import set_status
+from shared.repository import files, logs
 from shared.storage import Store
-from shared.tables import ArtifactRow, Job
+from shared.tables import ArtifactRow
 from worker.checkpoints import complete_checkpoints
+from worker.lease import Lease
 
 FLUSH_SECONDS = 0.05
 RETRY_SECONDS = 0.5
@@ -53,23 +53,23 @@ class _Batch:
 
 
 class DatabaseSink:
-    """Writes one attempt's events; also keeps its lease alive for as long as this process runs."""
+    """Writes the events of one attempt at a job or an export; also keeps its lease alive for as long as this
+    process runs."""
 
     def __init__(
         self,
         database: Database,
         store: Store,
         doorbell: Doorbell,
-        job_id: str,
-        token: str,
+        lease: Lease,
         lease_seconds: float,
         on_lost: Callable[[], None],
     ) -> None:
         self._database = database
         self._store = store
         self._doorbell = doorbell
-        self._job_id = job_id
-        self._token = token
+        self._held = lease
+        self._job_id = lease.job_id
         self._lease = timedelta(seconds=lease_seconds)
         self._on_lost = on_lost
         self._batch = _Batch()
@@ -122,7 +122,7 @@ class DatabaseSink:
         Raises:
             LeaseLost: the file is not published.
         """
-        key = f"jobs/{self._job_id}/{self._token}/{artifact.name}"
+        key = f"jobs/{self._job_id}/{self._held.token}/{artifact.name}"
         self._store.publish(artifact.path, key)
         row = ArtifactRow(
             job_id=self._job_id,
@@ -131,14 +131,16 @@ class DatabaseSink:
             bytes=artifact.bytes,
             sha256=artifact.sha256,
             key=key,
+            listed=artifact.listed,
         )
+        ready = "is ready" if artifact.listed else "is kept for later exports"
         entry = Entry(
-            f"{artifact.name} is ready: {artifact.bytes} bytes.",
+            f"{artifact.name} {ready}: {artifact.bytes} bytes.",
             data={"artifact": artifact.name, "kind": artifact.kind, "bytes": artifact.bytes},
         )
 
-        def write(session: Session, _job: Job) -> str | None:
-            logs.append_entries(session, self._job_id, [entry], self._token)
+        def write(session: Session) -> str | None:
+            self._held.log(session, [entry])
             return files.put_artifact(session, row)
 
         try:
@@ -162,11 +164,7 @@ class DatabaseSink:
         recorded = _recorded(failure) if failure else None
         last = _storable_entry(entry)
 
-        def write(session: Session, job: Job) -> None:
-            logs.append_entries(session, self._job_id, [last], self._token)
-            set_status(job, status, failure=recorded)
-
-        self._commit(write)
+        self._commit(lambda session: self._held.finish(session, status, last, recorded))
 
     def give_back(self, why: str) -> None:
         """End this attempt without ending the job: cancelled if that was asked for, else queued again.
@@ -175,7 +173,7 @@ class DatabaseSink:
             LeaseLost: another attempt has the job.
         """
         self._stop_thread()
-        self._commit(lambda session, job: leases.give_back(session, job, why))
+        self._commit(lambda session: self._held.give_back(session, why))
 
     def run_out_of_memory(self, failure: JobFailure) -> None:
         """End this attempt, and the job if no cheaper plan is left to try.
@@ -185,7 +183,7 @@ class DatabaseSink:
         """
         self._stop_thread()
         recorded = _recorded(failure)
-        self._commit(lambda session, job: leases.run_out_of_memory(session, job, recorded))
+        self._commit(lambda session: self._held.run_out_of_memory(session, recorded))
 
     def _stop_thread(self) -> None:
         self._closing = True
@@ -213,9 +211,9 @@ class DatabaseSink:
         with self._lock:
             pending = bool(self._batch)
         if pending or due:
-            self._commit(lambda _session, _job: None)
+            self._commit(lambda _session: None)
 
-    def _commit(self, write: Callable[[Session, Job], T]) -> T:
+    def _commit(self, write: Callable[[Session], T]) -> T:
         """Write all that was told so far and then `write`, in one guarded transaction.
 
         A database that is locked or away is tried again until the lease is lost to another.
@@ -235,20 +233,20 @@ class DatabaseSink:
         self._doorbell.tell(self._job_id)
         return result
 
-    def _write(self, batch: _Batch, write: Callable[[Session, Job], T]) -> T:
+    def _write(self, batch: _Batch, write: Callable[[Session], T]) -> T:
         with self._database.write() as session:
-            job = leases.owned_job(session, self._job_id, self._token)
-            job.lease_expires_at = utcnow() + self._lease
+            held = self._held.hold(session)
+            held.lease_expires_at = utcnow() + self._lease
             for name, value in batch.changes.items():
-                setattr(job, name, value)
+                setattr(held, name, value)
             session.flush()
             if batch.entries:
-                logs.append_entries(session, self._job_id, batch.entries, self._token)
+                self._held.log(session, batch.entries)
             logs.put_metrics(session, self._job_id, batch.rows)
             for checkpoint in batch.checkpoints:
                 there = complete_checkpoints(checkpoint.path.parent)
                 logs.put_checkpoint(session, self._job_id, checkpoint, [*there, checkpoint.step])
-            result = write(session, job)
+            result = write(session)
         self._renewed = time.monotonic()
         return result
 

@@ -25,6 +25,7 @@ from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import take_over
 from worker.claims import Claims
 from worker.doorbell import Listener
+from worker.exports import Exports
 from worker.launch import Child
 from worker.order import Order
 from worker.process import Process
@@ -80,6 +81,7 @@ class Supervisor:
         self._claims = Claims(settings, database, self._worker.id, slots)
         self._work = settings.root / "work"
         self._compile_cache = settings.root / "cache" / "compiled"
+        self._exports = Exports(settings, database, doorbell, self._worker.id, self._start_process)
         self._standbys = Standbys(settings.standby, slots, self._work, self._start_process)
 
     def run(self) -> None:
@@ -119,6 +121,7 @@ class Supervisor:
             self._bounded = now
         if now >= self._claim_after:
             self._claim()
+        self._exports.tend(recover=now >= self._recover_after)
         self._standbys.tend(self._free_slots())
 
     def _guarded_tick(self) -> None:
@@ -233,19 +236,24 @@ class Supervisor:
         names = ", ".join(f"{device.name} ({device.index})" for device in devices)
         logger.info("Job %s: attempt %d on %s, process %d", job.id, job.attempt, names, child.pid)
 
+    def _is_busy(self) -> bool:
+        return self._exports.is_running() or any(c.exit_code() is None for c in self._children)
+
     def _hand_back_all(self) -> None:
         """Let every child leave with a checkpoint, give their jobs back and sign off."""
         self._standbys.close()
         for child in self._children:
             child.ask_to_leave()
+        self._exports.ask_to_stop()
         deadline = time.monotonic() + self._settings.checkpoint_grace_seconds
-        while any(c.exit_code() is None for c in self._children) and time.monotonic() < deadline:
+        while self._is_busy() and time.monotonic() < deadline:
             try:
                 heed_requests(self._database, self._children, self._settings)
             except DBAPIError as error:
                 logger.warning("The database is away as the worker stops: %s", error.orig)
             self._wake.wait(timeout=0.1)
             self._wake.clear()
+        self._exports.close(KILLED_SECONDS)
         for child in list(self._children):
             child.kill()
             child.await_exit(KILLED_SECONDS)

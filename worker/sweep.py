@@ -13,12 +13,14 @@ from pathlib import Path
 
 from shared.database import Database
 from shared.ids import JOB_ID
-from shared.repository import leases
+from shared.repository import exports, leases
 from worker.checkpoints import FOLDER, move_checkpoints
 
 SWEEP_SECONDS = 30.0
 # Folders of processes that wait for a job: this, the number of their supervisor, and their own.
 STANDBY_PREFIX = "standby-"
+# Folders of exports that are made after their job: this, and their token.
+EXPORT_PREFIX = "export-"
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +33,15 @@ def sweep(database: Database, work: Path) -> None:
     folders = [f for f in work.iterdir() if f.is_dir() and JOB_ID.fullmatch(f.name)]
     with database.read() as session:
         holders = leases.holders(session, [f.name for f in folders])
+        exported = {f"{EXPORT_PREFIX}{token}" for token in exports.live_tokens(session)}
     for folder in folders:
         if folder.name not in holders:
             remove_in_background(folder)
             continue
         token = holders[folder.name].token
         for attempt in folder.iterdir():
-            held = attempt.name == FOLDER or (token and attempt.name.endswith(f"-{token}"))
+            held = attempt.name == FOLDER or attempt.name in exported
+            held = held or bool(token and attempt.name.endswith(f"-{token}"))
             # A claim that is newer than what was read of it above has a new folder.
             if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
                 _keep_checkpoints(attempt)

@@ -30,7 +30,7 @@ from shared.models import ModelInfo, find_model
 from shared.planner import alternatives, make_plan
 from shared.policy import check_spec
 from shared.queue import Doorbell
-from shared.repository import files, jobs, keys, logs
+from shared.repository import exports, files, jobs, keys, logs
 from shared.repository.jobs import Page
 from shared.settings import Settings
 from shared.spec import CONTROL_CHARACTERS, FileDataset, JobSpec
@@ -145,7 +145,7 @@ def create(
         jobs.add_job(session, job, Entry("Accepted. Waiting for a worker."))
         if idempotency_key is not None:
             jobs.put_idempotent(session, caller.name, idempotency_key, digest, job.id)
-        created = JobOut.of(job, [])
+        created = JobOut.of(job, [], [])
     # After the commit: a supervisor that comes at once must find the job.
     doorbell.ring(job.id)
     return created
@@ -191,8 +191,9 @@ def list_page(database: Database, caller: Caller, page: Page, filters: Filters) 
             model=filters.model,
             metadata=filters.metadata,
         )
-        artifacts = files.artifacts_of(session, [row.id for row in rows])
-    data = [JobOut.of(row, artifacts[row.id]) for row in rows]
+        ids = [row.id for row in rows]
+        artifacts, later = files.artifacts_of(session, ids), exports.exports_of(session, ids)
+    data = [JobOut.of(row, artifacts[row.id], later[row.id]) for row in rows]
     return ListOut(data=data, has_more=more, next=data[-1].id if more else None)
 
 
@@ -210,7 +211,7 @@ def cancel(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) 
 
     Raises:
         NotFound: absent or somebody else's.
-        StateConflict: the job succeeded or failed before.
+        StateConflict: the job failed before, or succeeded and makes no exports.
     """
     with database.write() as session:
         answer = _job_out(session, jobs.request_cancel(session, job_id, caller.scope))
@@ -297,7 +298,8 @@ def _boxes(session: Session, settings: Settings) -> list[list[Device]]:
 
 
 def _job_out(session: Session, job: Job) -> JobOut:
-    return JobOut.of(job, files.list_artifacts(session, job.id))
+    later = exports.exports_of(session, [job.id])[job.id]
+    return JobOut.of(job, files.list_artifacts(session, job.id), later)
 
 
 def _load(body: bytes) -> Any:

@@ -24,17 +24,23 @@ def put_artifact(session: Session, row: ArtifactRow) -> str | None:
 
 
 def list_artifacts(session: Session, job_id: str) -> list[ArtifactRow]:
-    statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id)
+    statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id, col(ArtifactRow.listed))
     return list(session.exec(statement.order_by(col(ArtifactRow.id))))
 
 
 def artifacts_of(session: Session, job_ids: Collection[str]) -> dict[str, list[ArtifactRow]]:
     """The artifacts of several jobs, by job id."""
     found: dict[str, list[ArtifactRow]] = {job_id: [] for job_id in job_ids}
-    statement = select(ArtifactRow).where(col(ArtifactRow.job_id).in_(job_ids))
+    statement = select(ArtifactRow).where(col(ArtifactRow.job_id).in_(job_ids), col(ArtifactRow.listed))
     for row in session.exec(statement.order_by(col(ArtifactRow.id))):
         found[row.job_id].append(row)
     return found
+
+
+def find_artifact(session: Session, job_id: str, name: str) -> ArtifactRow | None:
+    """The job's file of that name, listed or not."""
+    statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id, ArtifactRow.name == name)
+    return session.exec(statement).first()
 
 
 def get_artifact(session: Session, job_id: str, name: str) -> ArtifactRow:
@@ -42,9 +48,8 @@ def get_artifact(session: Session, job_id: str, name: str) -> ArtifactRow:
     Raises:
         NotFound: the job has no such file, or not yet.
     """
-    statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id, ArtifactRow.name == name)
-    row = session.exec(statement).first()
-    if row is None:
+    row = find_artifact(session, job_id, name)
+    if row is None or not row.listed:
         names = ", ".join(a.name for a in list_artifacts(session, job_id)) or "none yet"
         raise NotFound(
             f"The job has no artifact of that name. It has: {names}. A file appears when it is complete.",

@@ -14,7 +14,7 @@ from shared.clock import utcnow
 from shared.errors import InvalidRequest, NotFound, StateConflict
 from shared.events import Entry
 from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
-from shared.repository import logs
+from shared.repository import exports, logs
 from shared.tables import DatasetRow, IdempotencyKey, Job
 
 IDEMPOTENCY_HOURS = 24
@@ -155,7 +155,8 @@ def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
 
 
 def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
-    """Cancel at once what no worker holds; ask the worker of a running job to stop.
+    """Cancel at once what no worker holds; ask the worker of a running job to stop. Of a job that has
+    succeeded, the exports that are under way are cancelled.
 
     Raises:
         NotFound: absent or somebody else's.
@@ -163,6 +164,8 @@ def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
     """
     job = lock_job(session, job_id, owner)
     if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
+        return job
+    if job.status == JobStatus.SUCCEEDED and exports.cancel_exports(session, job_id):
         return job
     if job.status in TERMINAL:
         raise StateConflict(f"The job {_where(job)}: there is nothing to cancel.")

@@ -227,3 +227,17 @@ def test_a_setting_that_cannot_be_is_one_clear_line(
 def test_a_proxy_in_the_environment_does_not_stand_between(tuneyard: Run) -> None:
     done = tuneyard("jobs", HTTP_PROXY="http://127.0.0.1:1", http_proxy="http://127.0.0.1:1")
     assert done.returncode == 0, done.stderr
+
+
+def test_export_makes_another_file_and_follows_it(tuneyard: Run) -> None:
+    job_id = tuneyard("submit", "--model", MODEL, "--set", "name=succeed", "--follow").stdout.split()[0]
+    done = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "3", "--follow")
+    assert done.returncode == 0, done.stderr
+    assert "Export of gguf:q8_0 of step 3 was asked for." in done.stdout
+    assert "Claimed by worker" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("model-q8_0.step-3.gguf: ")
+    again = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "3")
+    assert again.stdout.startswith("model-q8_0.step-3.gguf: ")
+    refused = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "4")
+    assert refused.returncode == 1
+    assert "no checkpoint of step 4" in refused.stderr

@@ -70,10 +70,10 @@ def test_time_without_data_is_that_of_full_rows() -> None:
     [
         (["adapter"], 0.0, 2),
         # The merged folder is there while the archive is made.
-        (["merged_16bit"], 2.0 + 2.0, 3),
+        (["merged_16bit"], 2.0 + 2.0, 4),
         # The f16 GGUF is what others are made from, once.
-        (["gguf:f16"], 2.0 + 2.0, 3),
-        (["merged_16bit", "gguf:q8_0"], 2.0 + 2.0 + 1.0625 + 2.0, 5),
+        (["gguf:f16"], 2.0 + 2.0, 4),
+        (["merged_16bit", "gguf:q8_0"], 2.0 + 2.0 + 1.0625 + 2.0, 6),
     ],
 )
 def test_disk_holds_exports_and_what_they_are_made_from(
@@ -87,10 +87,7 @@ def test_disk_holds_exports_and_what_they_are_made_from(
     # One more than are kept: the oldest goes when the newest is there.
     for steps, checkpoints in ((None, 4), (100, 4), (15, 2), (10, 1)):
         told = disk_bytes(spec, shaped, steps)
-        copies = 2 if "adapter" in exports else 1
-        exact = (
-            per_weight * weights + copies * adapter * 4 + checkpoints * (adapter * 12 + small) + files * small
-        )
+        exact = per_weight * weights + 2 * adapter * 4 + checkpoints * (adapter * 12 + small) + files * small
         assert told == pytest.approx(exact, rel=1e-6)
 
 

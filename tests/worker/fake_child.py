@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress, TrainingControl
+from shared.exports import artifact_name
 from shared.lifecycle import Phase
 from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
 from tests.samples import size_and_hash
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
 from worker.child import main
+from worker.export_order import ADAPTER_FILE, LaterExport
 from worker.training.workdir import Workdir
 
 # A pipeline that is never stopped ends by itself: nothing outlives a test that failed.
@@ -95,6 +97,7 @@ def _checkpoint(workdir: Workdir, sink: EventSink, step: int) -> None:
     folder = checkpoint_folder(workdir.root / FOLDER, step)
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"w")
+    (folder / ADAPTER_FILE).write_bytes(f"step {step}".encode())
     sink.checkpoint(Checkpoint(step=step, path=folder, bytes=1, metrics={"loss": 0.3}))
 
 
@@ -105,13 +108,30 @@ def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
     _checkpoint(workdir, sink, 3)
     given = [file.read_bytes() for file in (workdir.dataset_file, workdir.validation_file) if file]
     content = b"".join(given) or b"adapter"
+    _publish(workdir.root / "manifest.json", b"{}", sink, listed=False)
     return [_publish(workdir.root / "adapter.tar", content, sink)]
 
 
-def _publish(path: Path, content: bytes, sink: EventSink) -> Artifact:
+def export(later: LaterExport, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+    """The second word of the job's name says what an export of it does."""
+    words = (later.spec.name or "").split()
+    word = words[1] if len(words) > 1 else "succeed"
+    sink.log(Entry("exporting", data={"pid": os.getpid()}))
+    if word == "fail":
+        raise ValueError("the export broke")
+    if word == "die":
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "forever":
+        _train_until_stopped(sink, control, checks=True)
+    content = (later.weights or later.adapter).read_bytes() + b" as " + later.format.encode()
+    return [_publish(workdir.root / artifact_name(later.format, later.checkpoint), content, sink)]
+
+
+def _publish(path: Path, content: bytes, sink: EventSink, *, listed: bool = True) -> Artifact:
     path.write_bytes(content)
     size, sha256 = size_and_hash(path)
-    artifact = Artifact(name=path.name, kind="adapter", path=path, bytes=size, sha256=sha256)
+    artifact = Artifact(name=path.name, kind="adapter", path=path, bytes=size, sha256=sha256, listed=listed)
     sink.artifact(artifact)
     return artifact
 
@@ -135,4 +155,4 @@ def warm_up(engine: EngineName) -> None:
 
 
 if __name__ == "__main__":
-    main(pipeline, warm_up)
+    main(pipeline, export, warm_up)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from shared.spec import JobSpec
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.training.data import prepare_data
 from worker.training.engines import engine_of
-from worker.training.exports.adapter import save_adapter
+from worker.training.exports.adapter import export_adapter, save_adapter
 from worker.training.exports.files import file_artifact
 from worker.training.exports.make import Trained, make_exports, publish_modelfile
 from worker.training.exports.manifest import Manifest, metrics_csv
@@ -159,6 +160,11 @@ def _export(trained: Trained, root: Path, sink: EventSink, control: Control) -> 
     ):
         (target / name).write_text(text, encoding="utf-8")
         made.append(file_artifact(target / name, kind, control))
+        sink.artifact(made[-1])
+    if "adapter" not in manifest.spec.exports:
+        # What is exported later starts from it.
+        adapter = export_adapter(trained.adapter, manifest, trained.file_name("adapter"), target, control)
+        made.append(replace(adapter, listed=False))
         sink.artifact(made[-1])
     made += make_exports(trained, manifest.spec.exports, root, sink, control)
     ggufs = [a for a in made if a.kind.startswith("gguf:")]

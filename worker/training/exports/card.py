@@ -51,7 +51,8 @@ def _card(manifest: Manifest, what: str, library: str, load: str) -> str:
         data = f"an uploaded file (`{dataset.file_id}`)"
     else:
         data = f"`{dataset.id}`, split `{dataset.split}`"
-    losses = [row["loss"] for row in manifest.training.history]
+    history, exported = manifest.training.logged, manifest.training.exported_step
+    losses = [row["loss"] for row in history if int(row["step"] or 0) <= exported] or [history[0]["loss"]]
     front = ["---", f"library_name: {library}"]
     if manifest.model.license:
         front.append(f"license: {manifest.model.license}")
@@ -90,7 +91,7 @@ Fine-tuned with Tuneyard from `{manifest.model.id}` on {data}, SHA-256 `{manifes
 | sequence length, packing | {spec.max_seq_length} tokens, {"on" if spec.packing else "off"} |
 | trained on | {"what assistants say" if spec.train_on == "assistant" else "every token"} |
 | steps, learning rate, seed | {training.steps}, {spec.training.learning_rate}, {spec.training.seed} |
-| loss, first and last step | {losses[0]:.4f}, {losses[-1]:.4f} |{held_out}
+| loss, first and exported step | {losses[0]:.4f}, {losses[-1]:.4f} |{held_out}
 
 ## Load it
 

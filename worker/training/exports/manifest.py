@@ -7,8 +7,8 @@ import importlib.metadata
 import io
 import json
 import platform
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from shared.plan import Plan
 from shared.spec import JobSpec
@@ -42,6 +42,17 @@ METRIC_COLUMNS = (
 )
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of what took part; a package that is not installed is left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything that `manifest.json` says.
@@ -58,6 +69,35 @@ class Manifest:
     data_sha256: str
     data_report: dict[str, Any]
     training: TrainingResult
+    packages: dict[str, str] = field(default_factory=package_versions)
+    python: str = field(default_factory=platform.python_version)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], spec: JobSpec, model: ResolvedModel) -> Self:
+        """The record of a job from its `manifest.json`; the history is that of the log.
+
+        `model` is the one that the record names, as it is on this machine now.
+        """
+        return cls(
+            spec=spec,
+            plan=Plan.model_validate(stored["plan"]),
+            model=replace(model, revision=stored["model"]["revision"], license=stored["model"]["license"]),
+            chat_template=stored["chat_template"],
+            stop_token=stored["stop_token"],
+            data_sha256=stored["dataset"]["sha256"],
+            data_report=stored["dataset"]["report"],
+            training=TrainingResult(
+                steps=stored["steps"],
+                exported_step=stored["exported_step"],
+                history=stored["history"],
+                logged=stored["history"],
+                evaluated=stored["evaluations"],
+                best_step=stored["best_step"],
+                used=stored["used"],
+            ),
+            packages=stored["packages"],
+            python=stored["python"],
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,23 +118,12 @@ class Manifest:
             "evaluations": self.training.evaluated,
             "best_step": self.training.best_step,
             "exported_step": self.training.exported_step,
-            "packages": package_versions(),
-            "python": platform.python_version(),
+            "packages": self.packages,
+            "python": self.python,
         }
 
     def to_text(self) -> str:
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what took part; a package that is not installed is left out."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def metrics_csv(history: list[dict[str, float | int | None]]) -> str:
