@@ -1,7 +1,8 @@
 """One engine on one model in a process of its own, for `test_engines`: `python -m tests.gpu.engine_run JSON`.
 
 Prints one line of JSON: the losses of the first steps, and how far a document's states move when another
-stands in front of it. The gradients of one batch go into a safetensors file.
+stands in front of it. The gradients of one batch go into a safetensors file. An order that brings a whole
+`plan` and a `cap_gib` just trains, in no more memory than that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def main() -> None:
     from worker.training.trainer import make_trainer, train
 
     model_folder, folder = Path(order["model"]), Path(order["folder"])
-    fields = {
+    if "cap_gib" in order:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(order["cap_gib"] * 2**30 / whole)
+    fields: dict[str, Any] = order.get("spec") or {
         "dataset": {"source": "file", "file_id": "file-" + "0" * 24, "format": "messages"},
         "max_seq_length": LENGTH,
         "lora": {"dropout": 0.0},
@@ -45,16 +49,17 @@ def main() -> None:
         },
     }
     spec = JobSpec.from_json(fields)
-    plan = Plan(
-        engine=order["engine"],
-        device=order.get("device", "cuda"),
-        quantization=order.get("quantization", "none"),
-        precision=order.get("precision", "bf16"),
-        micro_batch=1,
-        accumulation=2,
-        gradient_checkpointing=order.get("checkpointing", "none"),
-        reason="a test",
-    )
+    planned = {
+        "engine": order["engine"],
+        "device": order.get("device", "cuda"),
+        "quantization": order.get("quantization", "none"),
+        "precision": order.get("precision", "bf16"),
+        "micro_batch": 1,
+        "accumulation": 2,
+        "gradient_checkpointing": order.get("checkpointing", "none"),
+        "reason": "a test",
+    }
+    plan = Plan.model_validate(order.get("plan") or planned)
 
     config = json.loads((model_folder / "config.json").read_text())
     model = ResolvedModel("local/model", model_folder, config=config)
@@ -63,16 +68,15 @@ def main() -> None:
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
     trained = engine_of(plan).load_model(spec, plan, model)
 
-    trainer = make_trainer(spec, plan, trained, tokenizer, data, 1, folder / "aside", [])
-    network = trainer.model.train()
-    scramble(network)
-    gradients = gradients_of(trainer, data.train[0])
-    save_file(gradients, folder / f"{order['name']}.safetensors")
-    moved = isolation(trainer, data.train[0])
-    del trainer
-
-    start_adapter(trained, spec.training.seed)
-    trained.zero_grad(set_to_none=True)
+    moved = None
+    if "plan" not in order:
+        trainer = make_trainer(spec, plan, trained, tokenizer, data, 1, folder / "aside", [])
+        scramble(trainer.model.train())
+        save_file(gradients_of(trainer, data.train[0]), folder / f"{order['name']}.safetensors")
+        moved = isolation(trainer, data.train[0])
+        del trainer
+        start_adapter(trained, spec.training.seed)
+        trained.zero_grad(set_to_none=True)
     result = train(spec, plan, trained, tokenizer, data, folder / order["name"], sink, GoOn())
     losses = [row["loss"] for row in result.history]
     print(json.dumps({"losses": losses, "moved": moved, "used": result.used, "torch": torch.__version__}))

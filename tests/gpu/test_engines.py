@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ COMPARED = [name for name, run in RUNS.items() if "with" in run]
 
 @pytest.fixture(scope="module", params=["4b", "smollm2"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs an engine on the model, once for all tests, and gives what it printed."""
+    """Runs all engines on the model, once for all tests, and gives what one printed."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     folder = tmp_path_factory.mktemp(request.param)
@@ -75,25 +76,25 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         model = make_model("4b", Path(os.environ.get("TUNEYARD_TEST_MODELS", folder)))
         torch.cuda.empty_cache()
     rows = write_rows(folder / "rows.jsonl", 400)
-    found: dict[str, dict[str, Any]] = {}
 
     def run(name: str) -> dict[str, Any]:
-        if name not in found:
-            order = {
-                "name": name,
-                "model": str(model),
-                "rows": str(rows),
-                "folder": str(folder),
-                "steps": STEPS,
-            }
-            command = [sys.executable, "-m", "tests.gpu.engine_run", json.dumps(order | RUNS[name]["order"])]
-            said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
-            assert said.returncode == 0, said.stderr[-3000:]
-            found[name] = json.loads(said.stdout.splitlines()[-1])
-            found[name]["gradients"] = folder / f"{name}.safetensors"
-        return found[name]
+        order = {"name": name, "model": str(model), "rows": str(rows), "folder": str(folder), "steps": STEPS}
+        return engine_run(order | RUNS[name]["order"]) | {"gradients": folder / f"{name}.safetensors"}
 
-    return run
+    # A large card holds several at once, which a tester in a hurry may say.
+    pool = ThreadPoolExecutor(int(os.environ.get("TUNEYARD_TEST_AT_ONCE", "1")))
+    running = {name: pool.submit(run, name) for name in RUNS}
+    yield lambda name: running[name].result()
+    pool.shutdown(cancel_futures=True)
+
+
+def engine_run(order: dict[str, Any]) -> dict[str, Any]:
+    """What an engine says that runs in a process of its own."""
+    command = [sys.executable, "-m", "tests.gpu.engine_run", json.dumps(order)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=400)
+    assert said.returncode == 0, said.stderr[-3000:]
+    found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("name", COMPARED)
