@@ -14,11 +14,17 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.context import Context
-from api.dependencies import authenticate, refuse_unknown_query
+from api.dependencies import authenticate, limit_rate, refuse_unknown_query
+from api.housekeeping import housekeeping
+from api.limits import RateLimiter
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
 from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
+from api.routes.v1 import files as v1_files
+from api.routes.v1 import fine_tuning
+from api.routes.v1 import models as v1_models
+from api.routes.v1 import uploads as v1_uploads
 from api.schemas import ErrorOut
 from api.services.inspection import Inspector
 from api.services.uploads import sweep
@@ -29,6 +35,7 @@ from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.storage import Store
 
+V1_ROUTERS = (fine_tuning.router, v1_files.router, v1_uploads.router, v1_models.router)
 SCHEMA_REF = "#/components/schemas/{model}"
 ROUTERS = (
     jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router, system.router
@@ -57,6 +64,10 @@ def create_app(settings: Settings) -> FastAPI:
     # In this order: whoever has no key is told that, and nothing of what else is wrong.
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(authenticate), Depends(refuse_unknown_query)])
+    for router in V1_ROUTERS:
+        app.include_router(
+            router, dependencies=[Depends(authenticate), Depends(limit_rate), Depends(refuse_unknown_query)]
+        )
     app.include_router(health.router, dependencies=[Depends(refuse_unknown_query)])
     # The last one added is the first that a request meets.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
@@ -103,7 +114,10 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     hub.start()
     await inspector.start()
     try:
-        yield Context(settings, database, store, doorbell, hub, inspector, metrics, HubConfigs())
+        limiter = RateLimiter(settings.rate_limit)
+        context = Context(settings, database, store, doorbell, hub, inspector, metrics, HubConfigs(), limiter)
+        async with housekeeping(context):
+            yield context
     finally:
         await inspector.stop()
         await hub.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from api.limits import RateLimiter
 from api.metrics import Metrics
 from api.news import Hub
 from api.services.inspection import Inspector
@@ -26,6 +27,7 @@ class Context:
     inspector: Inspector
     metrics: Metrics
     configs: HubConfigs
+    limiter: RateLimiter
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.params import Query as QueryInfo
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.context import Caller, Context
+from api.middleware import HEADERS
 from api.news import Hub
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.hub import HubConfigs
-from shared.ids import DATASET_ID, JOB_ID
+from shared.ids import DATASET_ID, JOB_ID, UPLOAD_ID
 from shared.queue import Doorbell
 from shared.repository.jobs import Page
 from shared.repository.keys import find_key
@@ -86,6 +87,15 @@ def authenticate(
 CallerDep = Annotated[Caller, Depends(authenticate)]
 
 
+async def limit_rate(context: ContextDep, caller: CallerDep, request: Request) -> None:
+    """Count the request against its key's limit, and tell in the answer what is left.
+
+    Raises:
+        RateLimited: nothing is left.
+    """
+    request.scope[HEADERS] = context.limiter.take(caller.key_id)
+
+
 # An id that can't be one is as absent as one that names nothing.
 async def _job_id(job_id: Annotated[str, Path(description="`ftjob-…`")]) -> str:
     if not JOB_ID.fullmatch(job_id):
@@ -99,8 +109,39 @@ async def _dataset_id(dataset_id: Annotated[str, Path(description="`file-…`")]
     return dataset_id
 
 
+async def _file_id(file_id: Annotated[str, Path(description="`file-…`")]) -> str:
+    if not DATASET_ID.fullmatch(file_id):
+        raise NotFound("No such file.", param="id", code="file_not_found")
+    return file_id
+
+
+async def _upload_id(upload_id: Annotated[str, Path(description="`upload_…`")]) -> str:
+    if not UPLOAD_ID.fullmatch(upload_id):
+        raise NotFound("No such upload.", param="upload_id", code="upload_not_found")
+    return upload_id
+
+
 JobId = Annotated[str, Depends(_job_id)]
 DatasetId = Annotated[str, Depends(_dataset_id)]
+FileId = Annotated[str, Depends(_file_id)]
+UploadId = Annotated[str, Depends(_upload_id)]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="The same key with the same body gives the same job again, for 24 hours.",
+    ),
+]
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+BodyDep = Annotated[bytes, Depends(_body)]
 
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items of one page.")]
 

@@ -23,6 +23,7 @@ from shared.errors import (
     MethodNotAllowed,
     NotFound,
     RangeNotSatisfiable,
+    RateLimited,
     TuneyardError,
     Unauthorized,
     Unavailable,
@@ -30,6 +31,7 @@ from shared.errors import (
 
 logger = logging.getLogger(__name__)
 
+V1 = "/v1/"
 MAX_TOLD = 5
 MAX_PARAM = 100
 # Where FastAPI found the value: no part of the field's name.
@@ -75,16 +77,27 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def render(error: TuneyardError, headers: Mapping[str, str] | None = None) -> Response:
-    """The error as a response."""
+def render(error: TuneyardError, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The error as the response to a request of this path.
+
+    Under `/v1` what is invalid is a 400, and OpenAI's clients are told not to send again what can't be right
+    the next time: of 409 and 429 they would.
+    """
     told = dict(headers or {})
+    status = error.status
+    if path.startswith(V1):
+        status = MalformedRequest.status if status == InvalidRequest.status else status
+        if status < TuneyardError.status and not isinstance(error, RateLimited):
+            told["x-should-retry"] = "false"
+    if isinstance(error, RateLimited):
+        told |= error.headers
     if isinstance(error, Unauthorized):
         told["www-authenticate"] = 'Bearer realm="tuneyard"'
     if isinstance(error, RangeNotSatisfiable):
         told["content-range"] = f"bytes */{error.size}"
     # ASCII with escapes: a message may quote characters that no encoding takes.
     body = json.dumps(error.body())
-    return Response(body, error.status, told, media_type="application/json")
+    return Response(body, status, told, media_type="application/json")
 
 
 def invalid_spec(error: ValidationError) -> TuneyardError:
@@ -150,16 +163,16 @@ def _sentence(finding: Mapping[str, Any]) -> str:
     return f"{name or 'The body'}: {message}."
 
 
-def _known(_request: Request, error: Exception) -> Response:
+def _known(request: Request, error: Exception) -> Response:
     if not isinstance(error, TuneyardError):
         raise error
-    return render(error)
+    return render(error, request.url.path)
 
 
-def _invalid_parameters(_request: Request, error: Exception) -> Response:
+def _invalid_parameters(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
-    return render(_from_findings(error.errors()))
+    return render(_from_findings(error.errors()), request.url.path)
 
 
 def _routing(request: Request, error: Exception) -> Response:
@@ -167,12 +180,12 @@ def _routing(request: Request, error: Exception) -> Response:
         raise error
     if error.status_code == MethodNotAllowed.status:
         known: TuneyardError = MethodNotAllowed(f"{request.method} is not possible here.")
-        return render(known, {"allow": ", ".join(_allowed(request))})
+        return render(known, request.url.path, {"allow": ", ".join(_allowed(request))})
     if error.status_code == NotFound.status:
         known = NotFound("There is nothing here. /docs lists what there is.", code="unknown_route")
     else:
         known = MalformedRequest(str(error.detail), code="malformed_request")
-    return render(known, error.headers)
+    return render(known, request.url.path, error.headers)
 
 
 def _allowed(request: Request) -> list[str]:
@@ -187,14 +200,15 @@ def _allowed(request: Request) -> list[str]:
     ]
 
 
-def _gone(_request: Request, _error: Exception) -> Response:
+def _gone(request: Request, _error: Exception) -> Response:
     # Nobody is there to read it.
-    return render(MalformedRequest("The request broke off.", code="malformed_request"))
+    return render(MalformedRequest("The request broke off.", code="malformed_request"), request.url.path)
 
 
-def _database_away(_request: Request, error: Exception) -> Response:
+def _database_away(request: Request, error: Exception) -> Response:
     logger.error("The database did not answer: %s", error)
-    return render(Unavailable("The database does not answer at the moment: try again."), {"retry-after": "2"})
+    away = Unavailable("The database does not answer at the moment: try again.")
+    return render(away, request.url.path, {"retry-after": "2"})
 
 
 def _unexpected(request: Request, _error: Exception) -> Response:
@@ -204,4 +218,4 @@ def _unexpected(request: Request, _error: Exception) -> Response:
     error = TuneyardError(
         f"Something went wrong on the server. Its log tells more about request {request_id}."
     )
-    return render(error, {"x-request-id": request_id})
+    return render(error, request.url.path, {"x-request-id": request_id})

@@ -20,7 +20,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LOOPBACK = "localhost,127.0.0.1,[[]::1]"
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared with, not bound to
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-UPLOAD_PATH = "/datasets"
+UPLOAD_PATHS = re.compile(r"/datasets|/v1/files|/v1/uploads/[^/]+/parts")
+# Where in the scope a request has headers for its answer, whatever that will be.
+HEADERS = "tuneyard.headers"
 
 
 class RequestLog:
@@ -41,7 +43,9 @@ class RequestLog:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(scope.get(HEADERS, {}))
                 # To the first byte: a stream that is followed for hours is no slow request.
                 seconds = time.perf_counter() - started
                 self._metrics.observe(scope, message["status"], seconds)
@@ -67,7 +71,7 @@ class Guard:
             headers = Headers(scope=scope)
             error = self._check(headers.get("host", "").lower(), headers.get("origin"))
             if error is not None:
-                await render(error)(scope, receive, send)
+                await render(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -96,12 +100,12 @@ class BodyLimit:
         self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH):
+        if scope["type"] != "http" or _is_upload(scope):
             await self._app(scope, receive, send)
             return
         claimed = Headers(scope=scope).get("content-length", "")
         if claimed.isdecimal() and int(claimed[:20]) > self._limit:
-            await render(self._error())(scope, receive, send)
+            await render(self._error(), scope["path"])(scope, receive, send)
             return
         received = 0
 
@@ -117,6 +121,10 @@ class BodyLimit:
 
     def _error(self) -> TooLarge:
         return TooLarge(f"The body is over this server's limit of {self._limit} bytes.")
+
+
+def _is_upload(scope: Scope) -> bool:
+    return scope["method"] == "POST" and UPLOAD_PATHS.fullmatch(scope["path"]) is not None
 
 
 def _literal(name: str) -> str:

@@ -97,6 +97,16 @@ class QuotaExceeded(TuneyardError):
     status, code, type = 429, "quota_exceeded", "rate_limit_error"
 
 
+class RateLimited(TuneyardError):
+    """The key has made as many requests as it may (429); `headers` say when it may go on."""
+
+    status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
+
+    def __init__(self, message: str, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.headers = headers
+
+
 class Unavailable(TuneyardError):
     """Something the service needs is down for now (503)."""
 

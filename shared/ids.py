@@ -9,6 +9,7 @@ import secrets
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 JOB_ID = re.compile(r"ftjob-[0-9a-z]{24}")
 DATASET_ID = re.compile(r"file-[0-9a-z]{24}")
+UPLOAD_ID = re.compile(r"upload_[0-9a-z]{24}")
 KEY_PREFIX = "ty-"
 
 
@@ -22,6 +23,14 @@ def new_dataset_id() -> str:
 
 def new_export_id() -> str:
     return "export-" + _random(24)
+
+
+def new_upload_id() -> str:
+    return "upload_" + _random(24)
+
+
+def new_part_id() -> str:
+    return "part_" + _random(24)
 
 
 def new_token() -> str:

@@ -12,6 +12,10 @@ from sqlmodel import Field, SQLModel
 
 from shared.clock import utcnow
 
+# The purpose of a file to train on.
+FINE_TUNE = "fine-tune"
+RESULTS = "fine-tune-results"
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware UTC time; SQLite keeps it as text without a zone."""
@@ -171,7 +175,10 @@ class ExportTask(SQLModel, table=True):
 
 
 class DatasetRow(SQLModel, table=True):
-    """An uploaded file in the store under `key`."""
+    """A file in the store under `key`: uploaded, or a job's results. Those to train on are datasets.
+
+    `job_id` is of the job whose results it holds; the file outlives the job.
+    """
 
     __tablename__ = "dataset"
     __table_args__ = (Index("ix_dataset_owner_page", "owner", "created_at", "id"),)
@@ -185,6 +192,44 @@ class DatasetRow(SQLModel, table=True):
     format: str
     report: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     error: str | None = None
+    key: str
+    purpose: str = FINE_TUNE
+    job_id: str | None = Field(default=None, index=True)
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+
+
+class UploadRow(SQLModel, table=True):
+    """A file that comes in parts. `bytes` is what its parts must add up to."""
+
+    __tablename__ = "upload"
+    __table_args__ = (Index("ix_upload_owner_status", "owner", "status"),)
+
+    id: str = Field(primary_key=True)
+    owner: str
+    filename: str
+    bytes: int = Field(sa_type=BigInteger)
+    mime_type: str
+    purpose: str
+    # pending, completing (shown as pending), completed or cancelled; one that is over its time has expired.
+    status: str
+    # How long the file made of it is to live.
+    file_seconds: int | None = None
+    file_id: str | None = None
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    expires_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class UploadPartRow(SQLModel, table=True):
+    """A complete part of an upload, in the store under `key`."""
+
+    __tablename__ = "upload_part"
+
+    id: str = Field(primary_key=True)
+    upload_id: str = Field(
+        sa_column=Column(String, ForeignKey("upload.id", ondelete="CASCADE"), nullable=False, index=True)
+    )
+    bytes: int = Field(sa_type=BigInteger)
     key: str
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
 

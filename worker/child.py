@@ -175,6 +175,7 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             spec, plan, keys = _read_job(order, settings, attempt.database)
             workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
             pipeline(spec, plan, workdir, sink, control)
+            sink.results(workdir.root)
     except JobStopped:
         sink.give_back("The worker was stopped.")
     except OperationalError as error:

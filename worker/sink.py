@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
@@ -25,10 +26,12 @@ from shared.events import Artifact, Checkpoint, Entry, Progress
 from shared.lifecycle import JobStatus, Phase
 from shared.queue import Doorbell
 from shared.repository import files, logs
+from shared.repository.jobs import get_job
 from shared.storage import Store
-from shared.tables import ArtifactRow
+from shared.tables import ArtifactRow, DatasetRow
 from worker.checkpoints import complete_checkpoints
 from worker.lease import Lease
+from worker.results import publish_results
 
 FLUSH_SECONDS = 0.05
 RETRY_SECONDS = 0.5
@@ -73,6 +76,7 @@ class DatabaseSink:
         self._lease = timedelta(seconds=lease_seconds)
         self._on_lost = on_lost
         self._batch = _Batch()
+        self._results: DatasetRow | None = None
         self._lock = threading.Lock()  # guards _batch; held for no longer than an append
         self._writing = threading.Lock()  # one transaction at a time, in the order told
         self._wake = threading.Event()
@@ -152,6 +156,19 @@ class DatabaseSink:
         if earlier is not None and earlier != key:
             self._store.delete(earlier)
 
+    def results(self, folder: Path) -> None:
+        """Publish the job's metrics as a file of its owner's, which is there once the job has succeeded.
+
+        Raises:
+            LeaseLost: another attempt has the job.
+            OSError: the disk or the store refused.
+        """
+        rows, owner = self._commit(self._measured)
+        self._results = publish_results(rows, self._job_id, owner, folder, self._store)
+
+    def _measured(self, session: Session) -> tuple[list[dict[str, Any]], str]:
+        return logs.read_metrics(session, self._job_id), get_job(session, self._job_id, None).owner
+
     def finish(self, status: JobStatus, entry: Entry, failure: JobFailure | None = None) -> None:
         """Write what is left and end the job, in one transaction.
 
@@ -164,7 +181,12 @@ class DatabaseSink:
         recorded = _recorded(failure) if failure else None
         last = _storable_entry(entry)
 
-        self._commit(lambda session: self._held.finish(session, status, last, recorded))
+        def write(session: Session) -> None:
+            self._held.finish(session, status, last, recorded)
+            if status == JobStatus.SUCCEEDED and self._results is not None:
+                session.add(DatasetRow(**self._results.model_dump()))
+
+        self._commit(write)
 
     def give_back(self, why: str) -> None:
         """End this attempt without ending the job: cancelled if that was asked for, else queued again.

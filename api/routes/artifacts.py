@@ -35,7 +35,7 @@ def download_artifact(
 ) -> Response:
     """Download a file. Range goes on with a download that broke off."""
     found = artifacts.download(database, store, caller, job_id, name, request.headers, with_content=True)
-    return _respond(found)
+    return respond(found)
 
 
 @router.head("/{name}", response_class=Response, include_in_schema=False)
@@ -44,10 +44,11 @@ def head_artifact(
 ) -> Response:
     """Size and hash of a file."""
     found = artifacts.download(database, store, caller, job_id, name, request.headers, with_content=False)
-    return _respond(found)
+    return respond(found)
 
 
-def _respond(found: Download) -> Response:
+def respond(found: Download) -> Response:
+    """The answer, with the file where there is one to send."""
     if found.content is None:
         return Response(status_code=found.status, headers=found.headers)
     return FileStream(found.content, found.status, found.headers)

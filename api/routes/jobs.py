@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api.dependencies import (
+    BodyDep,
     CallerDep,
     ConfigsDep,
     DatabaseDep,
     DoorbellDep,
+    IdempotencyKey,
     JobId,
     JobPage,
     SettingsDep,
@@ -52,20 +54,6 @@ METADATA_FILTER: dict[str, Any] = {
     ]
 }
 
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        min_length=1,
-        max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
-        description="The same key with the same body gives the same job again, for 24 hours.",
-    ),
-]
-
-
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
 
 async def _filters(
     request: Request,
@@ -75,7 +63,6 @@ async def _filters(
     return jobs.parse_filters(status, request.query_params)
 
 
-BodyDep = Annotated[bytes, Depends(_body)]
 FiltersDep = Annotated[Filters, Depends(_filters)]
 
 

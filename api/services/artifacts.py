@@ -98,7 +98,7 @@ def download(
     answer["content-length"] = str(end - start)
     if span is not None:
         answer["content-range"] = f"bytes {start}-{end - 1}/{row.bytes}"
-    content = _read(store, row, start, end) if with_content else None
+    content = read_stored(store, row.key, row.name, start, end) if with_content else None
     return Download(206 if span else 200, answer, content)
 
 
@@ -152,13 +152,18 @@ def _matches(condition: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def _read(store: Store, row: ArtifactRow, start: int, end: int) -> Content:
-    chunks = store.read(row.key, start, end)
+def read_stored(store: Store, key: str, name: str, start: int, end: int) -> Content:
+    """A file of the store, open.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    chunks = store.read(key, start, end)
     try:
         # Opens the file, while an error can still be told.
         first = next(chunks, b"")
     except FileNotFoundError as error:
         raise NotFound(
-            f"The file {row.name} is gone from the store.", param="name", code="artifact_not_found"
+            f"The file {name} is gone from the store.", param="name", code="artifact_not_found"
         ) from error
     return Content(first, chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,7 +58,7 @@ def parse_spec(body: bytes) -> JobSpec:
     """
     # What this parser can't take, the spec's own refuses with its place.
     with suppress(ValueError, RecursionError):
-        _load(body)
+        load_json(body)
     try:
         return JobSpec.model_validate_json(body)
     except ValidationError as error:
@@ -68,8 +68,18 @@ def parse_spec(body: bytes) -> JobSpec:
 def digest_of(body: bytes) -> str:
     """Tells whether two bodies say the same, however they are written; what is no JSON is taken as it is."""
     with suppress(ValueError, RecursionError, MalformedRequest):
-        body = json.dumps(_load(body), sort_keys=True, separators=(",", ":")).encode()
+        body = json.dumps(load_json(body), sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(body).hexdigest()
+
+
+def load_json(body: bytes) -> Any:
+    """The document in a body.
+
+    Raises:
+        MalformedRequest: it names a key twice.
+        ValueError, RecursionError: it is no JSON, or nested too deep.
+    """
+    return json.loads(body.decode(), object_pairs_hook=_distinct)
 
 
 def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters:
@@ -98,8 +108,12 @@ def create(
     caller: Caller,
     body: bytes,
     idempotency_key: str | None,
+    parse: Callable[[bytes], JobSpec] = parse_spec,
 ) -> JobOut:
     """Queue a job, or give again the one that this idempotency key made.
+
+    Args:
+        parse: what reads the spec from the body.
 
     Raises:
         MalformedRequest: the body is not JSON.
@@ -114,7 +128,7 @@ def create(
             earlier = _made_before(session, caller, idempotency_key, digest)
             if earlier is not None:
                 return _job_out(session, earlier)
-    spec = parse_spec(body)
+    spec = parse(body)
     model = _find_model(settings, configs, spec)
     check_spec(spec, settings, model, admin=caller.admin)
     with database.read() as session:
@@ -300,10 +314,6 @@ def _boxes(session: Session, settings: Settings) -> list[list[Device]]:
 def _job_out(session: Session, job: Job) -> JobOut:
     later = exports.exports_of(session, [job.id])[job.id]
     return JobOut.of(job, files.list_artifacts(session, job.id), later)
-
-
-def _load(body: bytes) -> Any:
-    return json.loads(body.decode(), object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -49,12 +49,15 @@ class _Part:
     value: bytearray = field(default_factory=bytearray)
 
 
-async def receive(chunks: AsyncIterator[bytes], headers: Mapping[str, str], path: Path, limit: int) -> Upload:
+async def receive(
+    chunks: AsyncIterator[bytes], headers: Mapping[str, str], path: Path, limit: int, field_name: str = "file"
+) -> Upload:
     """Write the form's field `file` to `path`; on any error nothing is left there.
 
     Args:
         chunks: the request's body.
         limit: the most bytes that the file may have.
+        field_name: what the field is called instead.
 
     Raises:
         InvalidRequest: no file, or an empty one.
@@ -64,10 +67,10 @@ async def receive(chunks: AsyncIterator[bytes], headers: Mapping[str, str], path
     """
     claimed = headers.get("content-length", "")
     if claimed.isdecimal() and int(claimed[:20]) > limit + ENVELOPE_BYTES:
-        raise _too_large(limit)
-    boundary = _boundary(headers.get("content-type", ""))
+        raise _too_large(limit, field_name)
+    boundary = _boundary(headers.get("content-type", ""), field_name)
     with _whole_or_nothing(path) as file:
-        form = _Form(boundary, file, limit)
+        form = _Form(boundary, file, limit, field_name)
         batch = bytearray()
         async for chunk in chunks:
             batch += chunk
@@ -104,7 +107,8 @@ def _whole_or_nothing(path: Path) -> Iterator[BinaryIO]:
 class _Form:
     """Takes the body in pieces; the file goes to disk, the small fields are kept."""
 
-    def __init__(self, boundary: bytes, file: BinaryIO, limit: int) -> None:
+    def __init__(self, boundary: bytes, file: BinaryIO, limit: int, field_name: str) -> None:
+        self._name = field_name
         self._file = file
         self._limit = limit
         self._digest = hashlib.sha256()
@@ -140,10 +144,10 @@ class _Form:
     def result(self, path: Path) -> Upload:
         if self._filename is None:
             raise InvalidRequest(
-                "The form has no field `file` with a file.", param="file", code="missing_field"
+                f"The form has no field `{self._name}` with a file.", param=self._name, code="missing_field"
             )
         if self._size == 0:
-            raise InvalidRequest("The file is empty.", param="file", code="empty_file")
+            raise InvalidRequest("The file is empty.", param=self._name, code="empty_file")
         filename = display_name(self._fields.get("name") or self._filename)
         return Upload(path, filename, self._size, self._digest.hexdigest(), self._fields)
 
@@ -166,7 +170,7 @@ class _Form:
     def _begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise InvalidRequest(f"The form has more than {MAX_PARTS} fields.", param="file")
+            raise InvalidRequest(f"The form has more than {MAX_PARTS} fields.", param=self._name)
         self._part = _Part()
 
     def _on_header_name(self, data: bytes, start: int, end: int) -> None:
@@ -181,18 +185,18 @@ class _Form:
             self._part.name = options.get(b"name", b"").decode("utf-8", "replace")
             if b"filename" in options:
                 self._part.filename = options[b"filename"].decode("utf-8", "replace")
-            if self._part.name == "file":
+            if self._part.name == self._name:
                 self._begin_file()
         self._header_name.clear()
         self._header_value.clear()
 
     def _begin_file(self) -> None:
         if self._filename is not None:
-            raise InvalidRequest("The form has more than one file: upload one at a time.", param="file")
+            raise InvalidRequest("The form has more than one file: upload one at a time.", param=self._name)
         self._filename = self._part.filename or "unnamed"
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part.name != "file":
+        if self._part.name != self._name:
             self._part.value += data[start:end]
             if len(self._part.value) > MAX_FIELD_BYTES:
                 raise InvalidRequest(
@@ -203,12 +207,12 @@ class _Form:
         piece = memoryview(data)[start:end]
         self._size += len(piece)
         if self._size > self._limit:
-            raise _too_large(self._limit)
+            raise _too_large(self._limit, self._name)
         self._digest.update(piece)
         self._file.write(piece)
 
     def _end(self) -> None:
-        if self._part.name != "file":
+        if self._part.name != self._name:
             self._fields[self._part.name] = self._part.value.decode("utf-8", "replace").strip()
 
     def _finished(self) -> None:
@@ -225,16 +229,17 @@ def _malformed() -> Iterator[None]:
         ) from error
 
 
-def _boundary(content_type: str) -> bytes:
+def _boundary(content_type: str, field_name: str) -> bytes:
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise InvalidRequest(
-            "Send the file as multipart/form-data in the field `file`: curl -F file=@rows.jsonl",
-            param="file",
+            f"Send the file as multipart/form-data in the field `{field_name}`: "
+            f"curl -F {field_name}=@rows.jsonl",
+            param=field_name,
             code="missing_field",
         )
     return options[b"boundary"]
 
 
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"The file is over this server's limit of {limit} bytes.", param="file")
+def _too_large(limit: int, field_name: str) -> TooLarge:
+    return TooLarge(f"The file is over this server's limit of {limit} bytes.", param=field_name)

@@ -1,15 +1,21 @@
-"""Artifacts of jobs and uploaded datasets: rows that point into the store."""
+"""Artifacts of jobs and uploaded files: rows that point into the store."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
+from sqlalchemy import or_
 from sqlmodel import Session, col, select
 
+from shared.clock import utcnow
 from shared.errors import NotFound, StateConflict
+from shared.lifecycle import JobStatus
 from shared.repository.jobs import Page, read_page, uses_dataset
-from shared.tables import ArtifactRow, DatasetRow
+from shared.tables import FINE_TUNE, ArtifactRow, DatasetRow, Job
+
+# Kinds of artifacts that tell of a job and hold nothing of its model.
+RECORDS = frozenset({"manifest", "metrics"})
 
 
 def put_artifact(session: Session, row: ArtifactRow) -> str | None:
@@ -59,14 +65,63 @@ def get_artifact(session: Session, job_id: str, name: str) -> ArtifactRow:
     return row
 
 
-def get_dataset(session: Session, dataset_id: str, owner: str | None, *, lock: bool = False) -> DatasetRow:
-    """The dataset, if `owner` may see it (None: everybody's); with `lock` until the transaction ends.
+def jobs_with_models(session: Session, owner: str | None) -> list[Job]:
+    """Jobs whose models are there to be used, the newest first."""
+    made = select(ArtifactRow.job_id).where(col(ArtifactRow.kind).not_in(RECORDS))
+    statement = select(Job).where(Job.status == JobStatus.SUCCEEDED, col(Job.id).in_(made))
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    return list(session.exec(statement.order_by(col(Job.created_at).desc(), col(Job.id).desc())))
+
+
+def has_model(session: Session, job_id: str) -> bool:
+    """Whether the job has published anything but its records."""
+    return bool(_model_files(session, job_id))
+
+
+def forget_model(session: Session, job_id: str) -> list[str]:
+    """Delete the rows of all that the job has made but its records; returns their store keys."""
+    rows = _model_files(session, job_id)
+    for row in rows:
+        session.delete(row)
+    return [row.key for row in rows]
+
+
+def _model_files(session: Session, job_id: str) -> list[ArtifactRow]:
+    """What holds the job's model, listed or not."""
+    statement = select(ArtifactRow).where(ArtifactRow.job_id == job_id, col(ArtifactRow.kind).not_in(RECORDS))
+    return list(session.exec(statement))
+
+
+def get_file(session: Session, file_id: str, owner: str | None, *, lock: bool = False) -> DatasetRow:
+    """The file of any purpose, if `owner` may see it (None: everybody's); with `lock` until the transaction
+    ends. One whose time is over is gone, unless a job that has not ended needs it.
 
     Raises:
-        NotFound: absent or somebody else's.
+        NotFound: absent, over its time or somebody else's.
     """
-    row = session.get(DatasetRow, dataset_id, with_for_update=lock)
-    if row is None or (owner is not None and row.owner != owner):
+    row = session.get(DatasetRow, file_id, with_for_update=lock)
+    if row is None or (owner is not None and row.owner != owner) or _is_over(session, row):
+        raise NotFound(f"No file {file_id}.", param="id", code="file_not_found")
+    return row
+
+
+def _is_over(session: Session, row: DatasetRow) -> bool:
+    expired = row.expires_at is not None and row.expires_at <= utcnow()
+    return expired and not uses_dataset(session, row.id)
+
+
+def get_dataset(session: Session, dataset_id: str, owner: str | None, *, lock: bool = False) -> DatasetRow:
+    """The same, if it is a file to train on.
+
+    Raises:
+        NotFound: absent, over its time, of another purpose, or somebody else's.
+    """
+    try:
+        row = get_file(session, dataset_id, owner, lock=lock)
+    except NotFound:
+        row = None
+    if row is None or row.purpose != FINE_TUNE:
         raise NotFound(f"No dataset {dataset_id}.", param="id", code="dataset_not_found")
     return row
 
@@ -77,24 +132,56 @@ def list_datasets(session: Session, owner: str | None, page: Page) -> tuple[list
     Raises:
         InvalidRequest: `after` names no dataset that the owner may see.
     """
-    statement = select(DatasetRow)
-    if owner is not None:
-        statement = statement.where(DatasetRow.owner == owner)
-    return read_page(session, DatasetRow, statement, page, lambda after: get_dataset(session, after, owner))
+    return list_files(session, owner, page, FINE_TUNE)
 
 
-def delete_dataset(session: Session, dataset_id: str, owner: str | None) -> str:
-    """Delete the row; returns the store key of the file, to be deleted after the commit.
+def list_files(
+    session: Session, owner: str | None, page: Page, purpose: str | None
+) -> tuple[list[DatasetRow], bool]:
+    """One page of the files of a purpose (None: of all), and whether there are more.
 
     Raises:
-        NotFound: absent or somebody else's.
+        InvalidRequest: `after` names no file that the owner may see.
+    """
+    expires_at = col(DatasetRow.expires_at)
+    statement = select(DatasetRow).where(or_(expires_at.is_(None), expires_at > utcnow()))
+    if owner is not None:
+        statement = statement.where(DatasetRow.owner == owner)
+    if purpose is not None:
+        statement = statement.where(DatasetRow.purpose == purpose)
+    return read_page(session, DatasetRow, statement, page, lambda after: get_file(session, after, owner))
+
+
+def delete_file(session: Session, row: DatasetRow) -> str:
+    """Delete the row of a file that was locked; returns the store key, to be deleted after the commit.
+
+    Raises:
         StateConflict: a job that has not ended needs it.
     """
-    row = get_dataset(session, dataset_id, owner, lock=True)
-    if uses_dataset(session, dataset_id):
-        raise StateConflict("A job that has not ended uses this dataset: cancel it or wait for it.")
+    if uses_dataset(session, row.id):
+        raise StateConflict("A job that has not ended uses this file: cancel it or wait for it.")
     session.delete(row)
     return row.key
+
+
+def delete_expired(session: Session) -> list[str]:
+    """Delete the rows of files whose time is over, unless a job that has not ended needs them.
+
+    Returns:
+        their store keys, to be deleted after the commit.
+    """
+    expired = select(DatasetRow).where(col(DatasetRow.expires_at) <= utcnow())
+    rows = session.exec(expired.with_for_update(skip_locked=True))
+    return [delete_file(session, row) for row in rows if _is_over(session, row)]
+
+
+def results_of(session: Session, job_ids: Collection[str]) -> dict[str, list[str]]:
+    """Ids of the files with the jobs' results, by job id."""
+    found: dict[str, list[str]] = {job_id: [] for job_id in job_ids}
+    statement = select(DatasetRow.job_id, DatasetRow.id).where(col(DatasetRow.job_id).in_(job_ids))
+    for job_id, file_id in session.exec(statement):
+        found[str(job_id)].append(file_id)
+    return found
 
 
 def unchecked_datasets(session: Session) -> list[DatasetRow]:

@@ -32,6 +32,7 @@ class Page:
 
     after: str | None = None
     limit: int = 20
+    oldest_first: bool = False
 
 
 def add_job(session: Session, job: Job, entry: Entry) -> None:
@@ -95,7 +96,7 @@ def list_jobs(
 def read_page(
     session: Session, table: type[Row], statement: Any, page: Page, find: Callable[[str], Row]
 ) -> tuple[list[Row], bool]:
-    """One page of the rows that `statement` selects, newest first, and whether there are more.
+    """One page of the rows that `statement` selects, in the page's order, and whether there are more.
 
     Args:
         find: the row of the id that the page comes after, or NotFound.
@@ -110,10 +111,11 @@ def read_page(
         except NotFound as error:
             told = error.message.removesuffix(".")
             raise InvalidRequest(f"{told} to page on after.", param="after") from error
-        statement = statement.where(
-            or_(made < start.created_at, and_(made == start.created_at, row_id < start.id))
-        )
-    rows = list(session.exec(statement.order_by(made.desc(), row_id.desc()).limit(page.limit + 1)))
+        later = or_(made > start.created_at, and_(made == start.created_at, row_id > start.id))
+        earlier = or_(made < start.created_at, and_(made == start.created_at, row_id < start.id))
+        statement = statement.where(later if page.oldest_first else earlier)
+    order = (made, row_id) if page.oldest_first else (made.desc(), row_id.desc())
+    rows = list(session.exec(statement.order_by(*order).limit(page.limit + 1)))
     return rows[: page.limit], len(rows) > page.limit
 
 

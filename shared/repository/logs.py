@@ -75,6 +75,17 @@ def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[
     return [StoredEntry._make(row) for row in session.execute(statement)]
 
 
+def read_newest(session: Session, job_id: str, before: int | None, limit: int) -> list[StoredEntry]:
+    """Up to `limit` entries with seq < `before` (None: from the end), newest first."""
+    statement = sa_select(*[col(getattr(LogEntry, name)) for name in StoredEntry._fields]).where(
+        col(LogEntry.job_id) == job_id
+    )
+    if before is not None:
+        statement = statement.where(col(LogEntry.seq) < before)
+    rows = session.execute(statement.order_by(col(LogEntry.seq).desc()).limit(limit))
+    return [StoredEntry._make(row) for row in rows]
+
+
 def log_state(session: Session, job_id: str, owner: str | None) -> tuple[JobStatus, int]:
     """The job's status and the seq of its newest entry, without the rest of the row.
 
@@ -114,6 +125,26 @@ def read_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
     """One row a step, oldest first."""
     statement = select(col(Metric.values)).where(Metric.job_id == job_id).order_by(col(Metric.step))
     return [dict(values) for values in session.exec(statement)]
+
+
+def metrics_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The rows of these steps, by step."""
+    statement = select(Metric.step, Metric.values).where(Metric.job_id == job_id, col(Metric.step).in_(steps))
+    return {step: dict(values) for step, values in session.exec(statement)}
+
+
+def last_metrics(session: Session, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each job's row of its last step, by job id."""
+    last = (
+        sa_select(col(Metric.job_id), func.max(col(Metric.step)).label("step"))
+        .where(col(Metric.job_id).in_(job_ids))
+        .group_by(col(Metric.job_id))
+        .subquery()
+    )
+    statement = sa_select(col(Metric.job_id), col(Metric.values)).join(
+        last, (col(Metric.job_id) == last.c.job_id) & (col(Metric.step) == last.c.step)
+    )
+    return {job_id: dict(values) for job_id, values in session.execute(statement)}
 
 
 def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: Sequence[int]) -> None:

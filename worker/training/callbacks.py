@@ -126,6 +126,7 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
             "grad_norm": float(logs["grad_norm"]),
             "tokens_per_second": round(rate, 2),
             "mean_token_accuracy": round(float(logs["mean_token_accuracy"]), 6),
+            "tokens": self.speed.tokens,
         }
         self._stop_if_diverged(row)
         self.history.append(row)

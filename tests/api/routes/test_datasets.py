@@ -20,7 +20,7 @@ import pytest
 from pyarrow import parquet
 
 from api.context import Context
-from api.services import datasets, inspection
+from api.services import files, inspection
 from shared.settings import Settings
 from shared.tables import DatasetRow
 from tests.api.conftest import GOOD_ROW, SPEC, Api, Live, error_of, eventually
@@ -100,8 +100,8 @@ async def test_a_small_packed_file_is_looked_into_elsewhere_and_waited_for(
     def here(*_: Any) -> None:
         pytest.fail("must not be unpacked in the API's process")
 
-    monkeypatch.setattr(datasets, "inspect", here)
-    monkeypatch.setattr(datasets, "LOOK_SECONDS", 30.0)
+    monkeypatch.setattr(files, "inspect", here)
+    monkeypatch.setattr(files, "LOOK_SECONDS", 30.0)
     found = (await upload(api, content)).json()
     assert found["status"] == status, found
     assert (await api.ann.get(f"/datasets/{found['id']}")).json() == found
@@ -114,7 +114,7 @@ async def test_a_small_packed_file_is_waited_for_no_longer_than_seconds(
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(inspection, "_inspect_in_child", endless)
-    monkeypatch.setattr(datasets, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(files, "LOOK_SECONDS", 0.05)
     answer = await upload(api, gzip.compress(ROWS))
     assert (answer.status_code, answer.json()["status"]) == (201, "uploaded")
 

@@ -37,6 +37,7 @@ METRIC_COLUMNS = (
     "grad_norm",
     "tokens_per_second",
     "mean_token_accuracy",
+    "tokens",
     "eval_loss",
     "eval_mean_token_accuracy",
 )

@@ -1,0 +1,187 @@
+"""What OpenAI's body of `POST /v1/fine_tuning/jobs` says as a job spec.
+
+Only what the spec doesn't know is judged here: OpenAI's own fields and their limits. All else, Tuneyard's
+fields beside them included, is judged by the spec, as for `POST /jobs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from api.errors import invalid_spec
+from api.services.jobs import load_json
+from shared.errors import InvalidRequest
+from shared.spec import FILE_ID, JobSpec, TrainingSpec
+
+HUB = "hub:"
+# What a multiplier of 1 is.
+LEARNING_RATE: float = TrainingSpec.model_fields["learning_rate"].default
+METHOD = "method.supervised.hyperparameters"
+# Where OpenAI's body has what the spec calls so, the longest names first.
+PLACES = {
+    "dataset.file_id": "training_file",
+    "dataset.id": "training_file",
+    "dataset": "training_file",
+    "validation_dataset.file_id": "validation_file",
+    "validation_dataset.id": "validation_file",
+    "validation_dataset": "validation_file",
+    "name": "suffix",
+    "training.seed": "seed",
+    "training.num_train_epochs": f"{METHOD}.n_epochs",
+    "training.per_device_train_batch_size": f"{METHOD}.batch_size",
+    "training.gradient_accumulation_steps": f"{METHOD}.batch_size",
+    "training.learning_rate": f"{METHOD}.learning_rate_multiplier",
+}
+
+Answer = TypeVar("Answer")
+Source = Annotated[str, Field(pattern=rf"{FILE_ID}|^{HUB}.{{1,200}}$")]
+
+
+Auto = BeforeValidator(lambda value: None if value == "auto" else value)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Hyperparameters(_Body):
+    """None where it is `auto`, or left out: the spec's default."""
+
+    n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
+    batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
+    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0)] | None, Auto] = None
+
+
+class _Supervised(_Body):
+    hyperparameters: _Hyperparameters | None = None
+
+
+class _Method(_Body):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: _Supervised | None = None
+    dpo: Any = None
+    reinforcement: Any = None
+
+
+class _Create(_Body):
+    # Tuneyard's own fields are the spec's to judge.
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str
+    training_file: Source
+    validation_file: Source | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: dict[str, Any] | None = None
+    method: _Method | None = None
+    hyperparameters: _Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = None
+
+
+def parse_create(body: bytes) -> JobSpec:
+    """The spec that OpenAI's body asks for.
+
+    Raises:
+        MalformedRequest: the body is not JSON, or names a key twice.
+        InvalidRequest: names the first field that is wrong, as OpenAI's body has it where it is OpenAI's.
+    """
+    with suppress(ValueError, RecursionError):
+        load_json(body)
+    try:
+        asked = _Create.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+    document = _document(asked)
+    try:
+        return JobSpec.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+
+
+def in_openai_terms(work: Callable[[], Answer]) -> Answer:
+    """Do it; an error that names a field of the spec names OpenAI's instead."""
+    try:
+        return work()
+    except InvalidRequest as error:
+        place = PLACES.get(error.param or "")
+        if place is None:
+            raise
+        raise InvalidRequest(error.message, place, error.error_code) from error
+
+
+def multiplier(learning_rate: float) -> float:
+    """The learning rate as a multiple of the default one, without the noise of the division."""
+    return float(f"{learning_rate / LEARNING_RATE:.10g}")
+
+
+def _document(asked: _Create) -> dict[str, Any]:
+    _refuse_other_methods(asked)
+    document = dict(asked.model_extra or {})
+    for name in ("dataset", "validation_dataset"):
+        if name in document:
+            raise InvalidRequest(
+                f"{PLACES[name]} names the data here: leave {name} out, or use POST /jobs.", param=name
+            )
+    training = document.pop("training", None) or {}
+    if not isinstance(training, dict):
+        raise InvalidRequest("training should be an object.", param="training", code="invalid_type")
+    document["model"] = asked.model
+    document["dataset"] = _source(asked.training_file)
+    if asked.validation_file is not None:
+        document["validation_dataset"] = _source(asked.validation_file)
+    if asked.metadata is not None:
+        document["metadata"] = asked.metadata
+    _put(document, "name", asked.suffix, "suffix")
+    for name, value, given in _training(asked):
+        _put(training, name, value, given)
+    return document | {"training": training}
+
+
+def _refuse_other_methods(asked: _Create) -> None:
+    method = asked.method
+    if method is not None and method.type != "supervised":
+        raise InvalidRequest(
+            f"Jobs here are supervised: there is no {method.type} method.",
+            param="method.type",
+            code="unsupported_method",
+        )
+    if asked.integrations:
+        raise InvalidRequest(
+            "There are no integrations in this version: leave integrations out.",
+            param="integrations",
+            code="unsupported_integration",
+        )
+
+
+def _source(name: str) -> dict[str, str]:
+    if name.startswith(HUB):
+        return {"source": "hub", "id": name.removeprefix(HUB)}
+    return {"source": "file", "file_id": name}
+
+
+def _training(asked: _Create) -> list[tuple[str, Any, str]]:
+    """Fields of the spec's `training`, their values (None: its default) and OpenAI's names for them."""
+    inner = asked.method.supervised.hyperparameters if asked.method and asked.method.supervised else None
+    found = inner or asked.hyperparameters or _Hyperparameters()
+    epochs, batch, factor = found.n_epochs, found.batch_size, found.learning_rate_multiplier
+    micro = None if batch is None else 2 - batch % 2
+    return [
+        ("seed", asked.seed, "seed"),
+        ("num_train_epochs", epochs, "n_epochs"),
+        ("per_device_train_batch_size", micro, "batch_size"),
+        ("gradient_accumulation_steps", batch and micro and batch // micro, "batch_size"),
+        ("learning_rate", factor and float(f"{factor * LEARNING_RATE:.10g}"), "learning_rate_multiplier"),
+    ]
+
+
+def _put(target: dict[str, Any], name: str, value: Any, given: str) -> None:
+    if value is None:
+        return
+    if name in target:
+        raise InvalidRequest(f"{given} and {name} say the same: leave one of them out.", param=given)
+    target[name] = value

@@ -1,0 +1,105 @@
+"""Uploads that come in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from shared.clock import utcnow
+from shared.errors import InvalidRequest, NotFound, StateConflict
+from shared.tables import UploadPartRow, UploadRow
+
+PENDING = "pending"
+COMPLETING = "completing"
+
+
+def get_upload(session: Session, upload_id: str, owner: str | None, *, lock: bool = False) -> UploadRow:
+    """The upload, if `owner` may see it (None: everybody's); with `lock` until the transaction ends.
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    row = session.get(UploadRow, upload_id, with_for_update=lock)
+    if row is None or (owner is not None and row.owner != owner):
+        raise NotFound(f"No upload {upload_id}.", param="upload_id", code="upload_not_found")
+    return row
+
+
+def open_upload(session: Session, upload_id: str, owner: str | None) -> UploadRow:
+    """The upload, locked, if it can still take parts.
+
+    Raises:
+        NotFound: absent or somebody else's.
+        StateConflict: it is complete, cancelled or over its time.
+    """
+    row = get_upload(session, upload_id, owner, lock=True)
+    status = upload_status(row)
+    if row.status != PENDING or status != PENDING:
+        raise StateConflict(f"The upload is {row.status if status == PENDING else status}: begin another.")
+    return row
+
+
+def upload_status(row: UploadRow) -> str:
+    """pending, completed, cancelled or expired."""
+    if row.status not in (PENDING, COMPLETING):
+        return row.status
+    return PENDING if row.expires_at > utcnow() else "expired"
+
+
+def count_open(session: Session, owner: str) -> int:
+    statement = select(func.count()).where(
+        UploadRow.owner == owner,
+        col(UploadRow.status).in_((PENDING, COMPLETING)),
+        col(UploadRow.expires_at) > utcnow(),
+    )
+    return session.exec(statement).one()
+
+
+def room_left(session: Session, upload: UploadRow) -> int:
+    """Bytes that its parts may still bring."""
+    statement = select(func.sum(UploadPartRow.bytes)).where(UploadPartRow.upload_id == upload.id)
+    return upload.bytes - int(session.exec(statement).one() or 0)
+
+
+def count_parts(session: Session, upload_id: str) -> int:
+    return session.exec(select(func.count()).where(UploadPartRow.upload_id == upload_id)).one()
+
+
+def parts_in_order(session: Session, upload_id: str, part_ids: Sequence[str]) -> list[UploadPartRow]:
+    """The parts that these ids name.
+
+    Raises:
+        InvalidRequest: an id that names none of this upload's parts, or one twice.
+    """
+    parts = {part.id: part for part in list_parts(session, upload_id)}
+    for place, part_id in enumerate(part_ids):
+        if part_id not in parts:
+            raise InvalidRequest(f"The upload has no part {part_id[:50]!r}.", param=f"part_ids.{place}")
+    if len(set(part_ids)) != len(part_ids):
+        raise InvalidRequest("Each part is given once.", param="part_ids")
+    return [parts[part_id] for part_id in part_ids]
+
+
+def list_parts(session: Session, upload_id: str) -> list[UploadPartRow]:
+    return list(session.exec(select(UploadPartRow).where(UploadPartRow.upload_id == upload_id)))
+
+
+def forget_parts(session: Session, upload_id: str) -> list[str]:
+    """Delete the rows of its parts; returns their store keys, to be deleted after the commit."""
+    keys = []
+    for part in list_parts(session, upload_id):
+        keys.append(part.key)
+        session.delete(part)
+    return keys
+
+
+def delete_expired(session: Session) -> list[str]:
+    """Delete uploads that are over their time, whatever became of them; returns their parts' store keys."""
+    keys = []
+    expired = select(UploadRow).where(col(UploadRow.expires_at) <= utcnow()).with_for_update(skip_locked=True)
+    for row in session.exec(expired):
+        keys += forget_parts(session, row.id)
+        session.delete(row)
+    return keys

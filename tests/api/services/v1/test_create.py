@@ -1,0 +1,125 @@
+"""OpenAI's body of a new job as a job spec."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from api.services.v1.create import in_openai_terms, multiplier, parse_create
+from shared.errors import InvalidRequest, MalformedRequest
+from shared.spec import FileDataset, HubDataset, JobSpec
+
+FILE = "file-" + "0" * 24
+OTHER = "file-" + "1" * 24
+BODY: dict[str, Any] = {"model": "local/tiny", "training_file": FILE}
+
+
+def parse(**fields: Any) -> JobSpec:
+    return parse_create(json.dumps(BODY | fields).encode())
+
+
+def refused(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    return caught.value
+
+
+def method(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def test_the_least_is_a_job_with_the_defaults() -> None:
+    assert parse() == JobSpec(model="local/tiny", dataset=FileDataset(source="file", file_id=FILE))
+    same = parse(
+        method=method(n_epochs="auto", batch_size="auto", learning_rate_multiplier="auto"),
+        suffix=None,
+        seed=None,
+        metadata=None,
+        validation_file=None,
+        integrations=None,
+    )
+    assert same == parse()
+
+
+def test_every_field_has_its_place() -> None:
+    spec = parse(
+        validation_file=OTHER,
+        suffix="mine",
+        seed=3,
+        metadata={"team": "search"},
+        method=method(n_epochs=5, batch_size=7, learning_rate_multiplier=0.25),
+        lora={"r": 4},
+        max_samples=10,
+        exports=["adapter", "gguf:q4_k_m"],
+        training={"max_steps": 9},
+    )
+    assert spec.validation_dataset == FileDataset(source="file", file_id=OTHER)
+    assert (spec.name, spec.metadata) == ("mine", {"team": "search"})
+    assert (spec.lora.r, spec.max_samples, spec.exports) == (4, 10, ("adapter", "gguf:q4_k_m"))
+    training = spec.training
+    assert (training.seed, training.num_train_epochs, training.max_steps) == (3, 5, 9)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 7)
+    assert training.learning_rate == 5e-5
+    assert multiplier(training.learning_rate) == 0.25
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 255, 256])
+def test_the_batch_is_the_effective_one(size: int) -> None:
+    assert parse(method=method(batch_size=size)).training.effective_batch == size
+
+
+def test_the_older_place_of_hyperparameters() -> None:
+    assert parse(hyperparameters={"n_epochs": 2}).training.num_train_epochs == 2
+    both = parse(hyperparameters={"n_epochs": 2}, method=method(n_epochs=4))
+    assert both.training.num_train_epochs == 4
+
+
+def test_a_data_set_of_the_hub_has_a_name_too() -> None:
+    assert parse(training_file="hub:owner/rows").dataset == HubDataset(id="owner/rows")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"training_file": None}, "training_file", "invalid_type"),
+        ({"training_file": "rows.jsonl"}, "training_file", "invalid_value"),
+        ({"suffix": "x" * 65}, "suffix", "out_of_range"),
+        ({"seed": -1}, "seed", "out_of_range"),
+        ({"metadata": {"k": 1}}, "metadata.k", "invalid_type"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "method.type", "unsupported_method"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_method"),
+        ({"integrations": [{"type": "other"}]}, "integrations", "unsupported_integration"),
+        ({"n_epochs": 3}, "n_epochs", "unknown_field"),
+        ({"lora": {"r": 0}}, "lora.r", "out_of_range"),
+        ({"dataset": {"source": "hub"}}, "dataset", "invalid_value"),
+        ({"suffix": "a", "name": "b"}, "suffix", "invalid_value"),
+        ({"seed": 1, "training": {"seed": 2}}, "seed", "invalid_value"),
+        ({"training": 3}, "training", "invalid_type"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    error = refused(**fields)
+    assert (error.param, error.error_code) == (param, code)
+
+
+@pytest.mark.parametrize("value", [0, 51, 1.5, "many", True])
+def test_hyperparameters_have_openais_limits(value: Any) -> None:
+    error = refused(method=method(n_epochs=value))
+    assert error.param == "method.supervised.hyperparameters.n_epochs"
+
+
+def test_a_key_twice_and_no_json_are_malformed() -> None:
+    for body in (b'{"model": "a", "model": "b"}', b"{"):
+        with pytest.raises(MalformedRequest):
+            parse_create(body)
+
+
+def test_an_error_about_the_spec_names_openais_field() -> None:
+    def fail() -> None:
+        raise InvalidRequest("No such dataset.", param="dataset.file_id", code="dataset_not_found")
+
+    with pytest.raises(InvalidRequest) as caught:
+        in_openai_terms(fail)
+    assert (caught.value.param, caught.value.error_code) == ("training_file", "dataset_not_found")

@@ -1,0 +1,72 @@
+"""A box as its users' programs see it: `tuneyard serve`, and a worker whose pipeline trains nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+
+from shared.database import Database
+from shared.device import Device
+from shared.queue import Doorbell
+from shared.repository import keys
+from shared.settings import Settings
+from tests.cli.test_serve import Served
+from tests.conftest import TEST_DATABASE, empty_database
+from worker.supervisor import Supervisor
+
+MODEL = "bundled/smollm2-135m-instruct"
+ROW = b'{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello %d"}]}\n'
+ROWS = b"".join(ROW % n for n in range(20))
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where it is, and the keys of two owners."""
+
+    url: str
+    ann: str
+    bob: str
+    settings: Settings
+    database: Database
+    served: Served
+
+    def client(self, key: str | None = None, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.ann, timeout=20, **options)
+
+
+@pytest.fixture(scope="session")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    empty_database()
+    folder = tmp_path_factory.mktemp("box") / "data"
+    served = Served(folder, "--no-worker", HF_HUB_OFFLINE="1")
+    url = served.ready()
+    settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2, standby="off")
+    database, doorbell = Database(settings.database()), Doorbell(settings.redis())
+    with database.write() as session:
+        ann, bob = (keys.create_key(session, name, admin=False) for name in ("ann", "bob"))
+    supervisor = Supervisor(settings, database, doorbell, [Device("cpu", 0, "CPU", 8 << 30)], FAKE)
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    yield Box(url, ann, bob, settings, database, served)
+    supervisor.stop()
+    thread.join(20)
+    doorbell.close()
+    database.close()
+    served.process.terminate()
+    served.process.wait(20)
+    if served.process.stdout is not None:
+        served.process.stdout.close()
+
+
+FAKE = "tests.worker.fake_child"
+
+
+@pytest.fixture
+def client(box: Box) -> Iterator[openai.OpenAI]:
+    with box.client() as opened:
+        yield opened
