@@ -20,6 +20,7 @@ from api.limits import RateLimiter
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
+from api.queue_view import QueueView
 from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
 from api.routes.v1 import files as v1_files
 from api.routes.v1 import fine_tuning
@@ -115,7 +116,10 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     await inspector.start()
     try:
         limiter = RateLimiter(settings.rate_limit)
-        context = Context(settings, database, store, doorbell, hub, inspector, metrics, HubConfigs(), limiter)
+        view = QueueView(database, settings)
+        context = Context(
+            settings, database, store, doorbell, hub, inspector, metrics, HubConfigs(), limiter, view
+        )
         async with housekeeping(context):
             yield context
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from api.limits import RateLimiter
 from api.metrics import Metrics
 from api.news import Hub
+from api.queue_view import QueueView
 from api.services.inspection import Inspector
 from shared.database import Database
 from shared.hub import HubConfigs
@@ -28,15 +29,17 @@ class Context:
     metrics: Metrics
     configs: HubConfigs
     limiter: RateLimiter
+    queue: QueueView
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. An admin sees everybody's, an owner only its own."""
+    """Who asks. An admin sees everybody's, an owner only its own; `high` may post jobs of high priority."""
 
     name: str
     admin: bool
     key_id: int | None = None
+    high: bool = False
 
     @property
     def scope(self) -> str | None:

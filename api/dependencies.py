@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from api.context import Caller, Context
 from api.middleware import HEADERS
 from api.news import Hub
+from api.queue_view import QueueView
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.hub import HubConfigs
@@ -60,11 +61,16 @@ async def _configs(context: ContextDep) -> HubConfigs:
     return context.configs
 
 
+async def _queue(context: ContextDep) -> QueueView:
+    return context.queue
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StoreDep = Annotated[Store, Depends(_store)]
 ConfigsDep = Annotated[HubConfigs, Depends(_configs)]
 DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
+QueueDep = Annotated[QueueView, Depends(_queue)]
 HubDep = Annotated[Hub, Depends(_hub)]
 
 
@@ -81,7 +87,7 @@ def authenticate(
         )
     with database.read() as session:
         key = find_key(session, credentials.credentials)
-        return Caller(key.name, key.admin, key.id)
+        return Caller(key.name, key.admin, key.id, key.admin or key.high)
 
 
 CallerDep = Annotated[Caller, Depends(authenticate)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, cast
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from shared.clock import isoformat
 from shared.exports import artifact_name
+from shared.ids import JOB_ID
 from shared.lifecycle import ExportStatus, FailureCode, JobStatus, Phase
 from shared.plan import Plan
 from shared.spec import ExportFormat
@@ -164,6 +165,36 @@ class JobOut(BaseModel):
         )
 
 
+class QueuePlaceOut(BaseModel):
+    """Where a queued job stands. A job that one of its owner's quotas holds back has no place."""
+
+    position: int | None = Field(description="1 for the next to start.")
+    of: int = Field(description="Queued jobs of all owners.")
+    expected_start: Time | None = Field(description="An estimate; null where nothing is known.")
+    held_by: str | None = Field(description="The quota that the job waits for.")
+
+
+class JobDetailOut(JobOut):
+    """A job by itself: what a list does not tell."""
+
+    queue: QueuePlaceOut | None = Field(description="Null unless the job is queued.")
+
+
+class MoveIn(BaseModel):
+    """Where to move a queued job: either to one end of your own, or before another one of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Literal["first", "last"] | None = None
+    before: Annotated[str, Field(pattern=f"^{JOB_ID.pattern}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.to is None) == (self.before is None):
+            raise ValueError("give one of `to` and `before`")
+        return self
+
+
 class EstimateOut(BaseModel):
     """What a job would take; null where it can't be known before it runs."""
 
@@ -273,11 +304,32 @@ class QueueOut(BaseModel):
     oldest_queued_at: Time | None
 
 
+class QuotaOut(BaseModel):
+    """What the caller has used of something, and the most that it may; null for any amount."""
+
+    used: float
+    limit: float | None
+
+
+class QuotasOut(BaseModel):
+    """The caller's quotas. `gpu_hours` count from the first of the month (UTC)."""
+
+    queued_jobs: QuotaOut
+    queued_exports: QuotaOut
+    running_jobs: QuotaOut
+    gpu_hours: QuotaOut
+    stored_bytes: QuotaOut
+
+
 class SystemOut(BaseModel):
     version: str
     gpus: list[GpuOut]
     workers: list[WorkerOut]
     queue: QueueOut
+    quotas: QuotasOut
+    gpu_seconds_lately: float = Field(
+        description="What the caller has used, with a half-life of a day: who has used least is next."
+    )
     redis: bool = Field(description="Without Redis everything works, a little later.")
     free_bytes: int | None = Field(description="Free space of the artifact store, where it has a limit.")
 

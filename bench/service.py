@@ -36,7 +36,7 @@ from shared.events import Entry
 from shared.ids import new_token
 from shared.lifecycle import JobStatus
 from shared.queue import Doorbell
-from shared.repository import leases, logs
+from shared.repository import leases, logs, queue
 from shared.settings import Settings
 from shared.storage import Store
 from worker.lease import JobLease
@@ -248,7 +248,7 @@ def measure_followers(running: Running, seconds: float) -> Table:
 
 
 def _cancel_queued(session: Any) -> None:
-    for job in leases.queue(session, 1_000_000):
+    for job in queue.waiting(session):
         leases.claim(session, job.id, "bench", new_token(), utcnow() + timedelta(hours=1))
 
 

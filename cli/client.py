@@ -78,6 +78,9 @@ class Client:
     def resume(self, job_id: str) -> Json:
         return self._json("POST", f"/jobs/{quote(job_id, safe='')}/resume")
 
+    def move(self, job_id: str, place: Json) -> Json:
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/move", json=place)
+
     def delete_job(self, job_id: str) -> None:
         self._send("DELETE", f"/jobs/{quote(job_id, safe='')}")
 

@@ -1,4 +1,4 @@
-"""The commands about jobs: submit, jobs, show, logs, cancel, pause, resume, artifacts, download, estimate."""
+"""The commands about jobs: from submit and estimate to download."""
 
 from __future__ import annotations
 
@@ -153,6 +153,21 @@ def resume(job_id: JobId) -> None:
         console.print(client.resume(job_id)["status"])
 
 
+def move(
+    job_id: JobId,
+    first: Annotated[bool, typer.Option("--first", help="Before all your other jobs.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Behind all your other jobs.")] = False,
+    before: Annotated[str | None, typer.Option(metavar="JOB_ID", help="Before this job of yours.")] = None,
+) -> None:
+    """Move a queued job among your own of the same priority; nobody else's place changes."""
+    if first + last + (before is not None) != 1:
+        raise InvalidRequest("Give one of --first, --last and --before JOB_ID.")
+    with connect() as client:
+        place = {"before": before} if before is not None else {"to": "first" if first else "last"}
+        queue = client.move(job_id, place)["queue"]
+    console.print(_place(queue) if queue else "It has just left the queue.", highlight=False)
+
+
 def artifacts(job_id: JobId) -> None:
     """List the files that a job has made."""
     with connect() as client:
@@ -271,6 +286,15 @@ def _assign(spec: Json, assignment: str) -> None:
 
 def _no_number(name: str) -> NoReturn:
     raise InvalidRequest(f"{name} is no number that a job can have.")
+
+
+def _place(queue: Json) -> str:
+    if queue["position"] is None:
+        return f"Waits for your quota of {queue['held_by']}."
+    start = queue["expected_start"]
+    return f"Place {queue['position']} of {queue['of']} in the queue" + (
+        f", expected to start at {start}." if start else "."
+    )
 
 
 def _steps(job: Json) -> str:

@@ -33,6 +33,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.cancel,
     jobs.pause,
     jobs.resume,
+    jobs.move,
     jobs.artifacts,
     jobs.download,
     jobs.estimate,

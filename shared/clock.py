@@ -12,3 +12,8 @@ def utcnow() -> datetime:
 def isoformat(moment: datetime) -> str:
     """ISO 8601 with milliseconds and `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def month_of(moment: datetime) -> datetime:
+    """The first instant of its month."""
+    return moment.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)

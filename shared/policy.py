@@ -8,7 +8,7 @@ from shared.settings import Settings
 from shared.spec import HubDataset, JobSpec
 
 
-def check_spec(spec: JobSpec, settings: Settings, model: ModelInfo, *, admin: bool) -> None:
+def check_spec(spec: JobSpec, settings: Settings, model: ModelInfo, *, high: bool) -> None:
     """
     Raises:
         InvalidRequest: names the field, its value and the limit that it is over.
@@ -32,9 +32,10 @@ def check_spec(spec: JobSpec, settings: Settings, model: ModelInfo, *, admin: bo
                 param=f"{field}.id",
                 code="dataset_not_allowed",
             )
-    if spec.priority == "high" and not admin:
+    if spec.priority == "high" and not high:
         raise InvalidRequest(
-            "Only an admin key may post jobs of high priority: use normal or low.",
+            "This key may not post jobs of high priority: use normal or low, or ask the operator for a key "
+            "made with `tuneyard keys create NAME --high`.",
             param="priority",
             code="priority_not_allowed",
         )

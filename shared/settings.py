@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_seq_length: Annotated[int, Field(ge=16)] = 131_072
     max_effective_batch: Annotated[int, Field(ge=1)] = 4096
     max_queued_jobs: Annotated[int, Field(ge=1)] = 100
+    max_running_jobs: Annotated[int, Field(ge=1)] | None = None
+    max_gpu_hours: Annotated[float, Field(ge=0)] | None = None
+    max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
     rate_limit: Annotated[int, Field(ge=0)] = 6000
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     max_upload_bytes: Annotated[int, Field(ge=1)] = 10 << 30

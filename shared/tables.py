@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
-from shared.clock import utcnow
+from shared.clock import month_of, utcnow
 
 # The purpose of a file to train on.
 FINE_TUNE = "fine-tune"
@@ -53,8 +54,32 @@ class ApiKey(SQLModel, table=True):
     key_hash: str = Field(unique=True)
     hint: str
     admin: bool = False
+    # May post jobs of high priority; an admin key may in any case.
+    high: bool = False
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class OwnerRow(SQLModel, table=True):
+    """What an owner has used, and the quotas that are its own (None: the settings', -1: none at all).
+
+    Only ended attempts are counted here; those that run are added when it is read.
+    """
+
+    __tablename__ = "owner"
+
+    name: str = Field(primary_key=True)
+    # GPU-seconds, fading away with their half-life, as they stood at `counted_at`.
+    gpu_seconds: float = 0
+    counted_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    # The first instant of the month (UTC) that `month_gpu_seconds` belong to.
+    month: datetime = Field(default_factory=lambda: month_of(utcnow()), sa_type=UtcDateTime)
+    month_gpu_seconds: float = 0
+    stored_bytes: int = Field(default=0, sa_type=BigInteger)
+    max_queued_jobs: int | None = None
+    max_running_jobs: int | None = None
+    max_gpu_hours: float | None = None
+    max_stored_bytes: int | None = Field(default=None, sa_type=BigInteger)
 
 
 class Job(SQLModel, table=True):
@@ -63,7 +88,7 @@ class Job(SQLModel, table=True):
     __tablename__ = "job"
     __table_args__ = (
         Index("ix_job_owner_page", "owner", "created_at", "id"),
-        Index("ix_job_claim", "status", "priority", "created_at"),
+        Index("ix_job_claim", "status", "priority", "owner", "place", "id"),
         Index("ix_job_owner_status", "owner", "status"),
     )
 
@@ -74,6 +99,11 @@ class Job(SQLModel, table=True):
     model: str = Field(index=True)
     # 0 high, 1 normal, 2 low: the order in which they are claimed.
     priority: int
+    # Where it stands among its owner's jobs of the same priority: when it was made, in nanoseconds, until the
+    # owner moves it.
+    place: int = Field(default_factory=time.time_ns, sa_type=BigInteger)
+    # What training alone was estimated to take when the job was posted.
+    expected_seconds: float | None = None
     spec: dict[str, Any] = Field(sa_type=JSON)
     user_metadata: dict[str, str] = Field(sa_type=JSON)
     # What is known of the model's layers, so that planning needs neither its files nor the hub.

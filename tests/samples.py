@@ -10,6 +10,7 @@ from shared.database import Database
 from shared.events import Entry
 from shared.ids import new_dataset_id, new_job_id
 from shared.lifecycle import JobStatus
+from shared.repository import files
 from shared.repository.jobs import PRIORITIES, add_job
 from shared.settings import Settings
 from shared.spec import JobSpec
@@ -40,7 +41,7 @@ def add_dataset(database: Database, settings: Settings, file: Path, owner: str =
         key=key,
     )
     with database.write() as session:
-        session.add(row)
+        files.add_file(session, row)
     return dataset_id
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import Self
 
 from pydantic import ValidationError
@@ -16,11 +17,12 @@ from shared.database import Database, Session
 from shared.device import Device, boxes_of
 from shared.errors import Unavailable
 from shared.events import Entry
+from shared.fairness import LEAST_CHARGE_SECONDS
 from shared.ids import new_token
 from shared.lifecycle import FailureCode, JobStatus
 from shared.plan import Plan
 from shared.planner import cheaper_plan, make_plan
-from shared.repository import keys, leases, logs
+from shared.repository import keys, leases, logs, queue
 from shared.repository.jobs import set_status
 from shared.settings import Settings
 from shared.shape import ModelShape
@@ -29,8 +31,12 @@ from shared.tables import Job
 from worker.gpus import measure_free
 from worker.training.failures import MEMORY_ADVICE
 
-# Jobs looked at in one go; more than this many that fit nowhere hold up those behind them.
+# Jobs looked at in one go, of all owners and of one; more than this many that fit nowhere hold up those
+# behind them.
 LOOK_AT = 500
+LOOK_AT_EACH = 100
+# Jobs of one owner that are read at a time: mostly the first one is taken.
+READ = 10
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +79,7 @@ class Wanted:
 
 
 class Claims:
-    """Claims jobs in the queue's order for the slots that they fit.
+    """Claims jobs in the queue's order (shared/fairness.py) for the slots that they fit.
 
     A GPU counts with the memory that is free on it now, whoever has the rest. A job that fits none of this
     box's slots is left to other workers, and one whose GPU somebody outside uses waits; neither holds up
@@ -94,16 +100,17 @@ class Claims:
         if not left:
             return
         with self._database.read() as session:
-            waiting = leases.queue(session, LOOK_AT)
-        self._waits = {job.id: since for job in waiting if (since := self._waits.get(job.id)) is not None}
-        if not waiting:
+            fair = queue.offer(session, self._settings, self._read_line)
+            queued = queue.still_queued(session, list(self._waits)) if self._waits else set()
+        self._waits = {job_id: since for job_id, since in self._waits.items() if job_id in queued}
+        if fair.is_empty:
             return
         try:
             measured = {device.index: device for device in measure_free(free)}
         except Unavailable as error:
             logger.warning("Nothing is claimed: %s", error)
             return
-        for job in waiting:
+        for job in islice(fair, LOOK_AT):
             try:
                 wanted = Wanted.of(job)
             except ValidationError as error:
@@ -117,9 +124,21 @@ class Claims:
                 continue
             claimed = self._claim(job.id, match.plan)
             if claimed is not None:
+                fair.take(wanted.spec.gpus * LEAST_CHARGE_SECONDS)
                 yield claimed, tuple(left.pop(device.index) for device in match.devices)
                 if not left:
                     return
+
+    def _read_line(self, priority: int, owner: str) -> Iterator[Job]:
+        """The first of an owner's queued jobs of one priority."""
+        last = None
+        for _ in range(LOOK_AT_EACH // READ):
+            with self._database.read() as session:
+                jobs = queue.read_line(session, priority, owner, last, READ)
+            yield from jobs
+            if len(jobs) < READ:
+                return
+            last = jobs[-1]
 
     def _keeps_slots(self, wanted: Wanted, left: Collection[int]) -> bool:
         """Whether the job could run here once more of this box's own jobs have ended."""

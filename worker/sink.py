@@ -184,7 +184,7 @@ class DatabaseSink:
         def write(session: Session) -> None:
             self._held.finish(session, status, last, recorded)
             if status == JobStatus.SUCCEEDED and self._results is not None:
-                session.add(DatasetRow(**self._results.model_dump()))
+                files.add_file(session, DatasetRow(**self._results.model_dump()))
 
         self._commit(write)
 

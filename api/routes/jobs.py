@@ -15,11 +15,12 @@ from api.dependencies import (
     IdempotencyKey,
     JobId,
     JobPage,
+    QueueDep,
     SettingsDep,
     StoreDep,
 )
-from api.schemas import EstimateOut, JobOut, ListOut
-from api.services import jobs
+from api.schemas import EstimateOut, JobDetailOut, JobOut, ListOut, MoveIn
+from api.services import jobs, queue
 from api.services.jobs import Filters
 from shared.lifecycle import JobStatus
 from shared.spec import SPEC_EXAMPLE
@@ -100,9 +101,17 @@ def list_jobs(
 
 
 @router.get("/{job_id}")
-def get_job(database: DatabaseDep, caller: CallerDep, job_id: JobId) -> JobOut:
-    """A job with its spec (all defaults written out), progress and artifacts."""
-    return jobs.get(database, caller, job_id)
+def get_job(database: DatabaseDep, view: QueueDep, caller: CallerDep, job_id: JobId) -> JobDetailOut:
+    """A job with its spec (all defaults written out), progress, artifacts and place in the queue."""
+    return queue.show(database, view, caller, job_id)
+
+
+@router.post("/{job_id}/move")
+def move_job(
+    database: DatabaseDep, view: QueueDep, caller: CallerDep, job_id: JobId, wanted: MoveIn
+) -> JobDetailOut:
+    """Move a queued job among those of your own that have its priority; nobody else's place changes."""
+    return queue.move(database, view, caller, job_id, wanted)
 
 
 @router.post("/{job_id}/cancel")
@@ -118,9 +127,11 @@ def pause_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, j
 
 
 @router.post("/{job_id}/resume")
-def resume_job(database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, job_id: JobId) -> JobOut:
+def resume_job(
+    database: DatabaseDep, doorbell: DoorbellDep, settings: SettingsDep, caller: CallerDep, job_id: JobId
+) -> JobOut:
     """Put a paused job back into the queue; it goes on from its last checkpoint."""
-    return jobs.resume(database, doorbell, caller, job_id)
+    return jobs.resume(database, doorbell, settings, caller, job_id)
 
 
 @router.delete("/{job_id}", status_code=204)

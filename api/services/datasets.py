@@ -28,6 +28,7 @@ async def create(
         InvalidRequest: no file, an empty one, or a format that there is not.
         MalformedRequest: the body is not multipart/form-data.
         TooLarge: the file is over the limit.
+        QuotaExceeded: the owner's storage is used up, or would be.
         Unavailable: the disk or the store has no room for it.
     """
     return DatasetOut.of(await receive(context, caller, chunks, headers, _terms))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from api.context import Caller
 from api.schemas import ExportIn, ExportOut, ListOut
 from shared.database import Database, Session
-from shared.errors import InvalidRequest, QuotaExceeded, StateConflict
+from shared.errors import InvalidRequest, StateConflict
 from shared.exports import artifact_name
 from shared.lifecycle import UNDER_WAY, ExportStatus, JobStatus
 from shared.queue import Doorbell
-from shared.repository import exports, files, jobs, logs
+from shared.repository import exports, files, jobs, logs, owners
 from shared.settings import Settings
 from shared.tables import ExportTask, Job
 
@@ -23,7 +23,7 @@ def create(
         NotFound: the job is absent or somebody else's.
         StateConflict: the job has not succeeded, or its adapter was not kept.
         InvalidRequest: the job has no such checkpoint.
-        QuotaExceeded: the owner has as many queued exports as this server lets one have.
+        QuotaExceeded: the owner has as many queued exports as it may, or has used up its storage.
     """
     with database.write() as session:
         job = jobs.lock_job(session, job_id, caller.scope)
@@ -78,9 +78,7 @@ def _find_or_queue(
             )
     if files.find_artifact(session, job.id, artifact_name("adapter")) is None:
         raise StateConflict("The job's adapter was not kept: train it again.", code="adapter_not_kept")
-    if exports.count_queued(session, job.owner) >= settings.max_queued_jobs:
-        raise QuotaExceeded(
-            f"You have {settings.max_queued_jobs} queued exports, which is this server's limit for one "
-            "owner. Wait until one is made."
-        )
+    quotas = owners.quotas(session, settings, job.owner)
+    quotas["queued_exports"].check(1)
+    quotas["stored_bytes"].check()
     return exports.add_export(session, job.id, wanted.format, wanted.checkpoint), True

@@ -20,7 +20,7 @@ from shared.data.packed import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC
 from shared.database import Database
 from shared.errors import NotFound, Unavailable
 from shared.ids import new_dataset_id
-from shared.repository import files
+from shared.repository import files, owners
 from shared.tables import FINE_TUNE, DatasetRow
 
 # A few hundred bytes of these may take seconds and gigabytes to unpack.
@@ -54,8 +54,10 @@ async def receive(
         InvalidRequest: no file, an empty one, or terms that can't be.
         MalformedRequest: the body is not multipart/form-data.
         TooLarge: the file is over the limit.
+        QuotaExceeded: the owner's storage is used up, or would be.
         Unavailable: the disk or the store has no room for it.
     """
+    await to_thread.run_sync(_check_storage, context, caller, headers)
     file_id = new_dataset_id()
     path = context.settings.root / "uploads" / file_id
     try:
@@ -72,6 +74,7 @@ async def keep(
     """Store a complete file. A small one to train on is looked into, if that takes no more than seconds.
 
     Raises:
+        QuotaExceeded: the owner's storage would be used up.
         Unavailable: the disk or the store has no room for it.
     """
     inline_bytes = context.settings.inline_inspect_bytes
@@ -97,6 +100,14 @@ def on_full_disk() -> Iterator[None]:
         logger.error("Could not store an upload: %s", error)
         why = "has no room for this file" if error.errno in DISK_FULL else "did not take this file"
         raise Unavailable(f"The server's disk {why}.", code="storage_unavailable") from error
+
+
+def _check_storage(context: Context, caller: Caller, headers: Mapping[str, str]) -> None:
+    """Before gigabytes are sent in vain; what the file really takes is checked when it is there."""
+    claimed = headers.get("content-length", "")
+    size = int(claimed[:20]) - uploads.ENVELOPE_BYTES if claimed.isdecimal() else 0
+    with context.database.read() as session:
+        owners.quotas(session, context.settings, caller.name)["stored_bytes"].check(max(size, 0))
 
 
 async def _first_look(upload: uploads.Upload, terms: Terms, inline_bytes: int) -> Finding | None:
@@ -155,7 +166,9 @@ def _store(
     context.store.publish(upload.path, row.key)
     try:
         with context.database.write() as session:
-            session.add(row)
+            owners.lock_owner(session, row.owner)
+            owners.quotas(session, context.settings, row.owner)["stored_bytes"].check(row.bytes)
+            files.add_file(session, row)
     except BaseException:
         context.store.delete(row.key)
         raise

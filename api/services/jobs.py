@@ -19,7 +19,7 @@ from api.schemas import CheckpointOut, EstimateOut, JobOut, ListOut
 from shared.clock import utcnow
 from shared.database import Database, Session
 from shared.device import Device, boxes_of
-from shared.errors import InvalidRequest, MalformedRequest, NotFound, QuotaExceeded, StateConflict
+from shared.errors import InvalidRequest, MalformedRequest, NotFound, StateConflict
 from shared.estimate import estimate
 from shared.events import Entry
 from shared.feasible import check_runnable
@@ -30,7 +30,7 @@ from shared.models import ModelInfo, find_model
 from shared.planner import alternatives, make_plan
 from shared.policy import check_spec
 from shared.queue import Doorbell
-from shared.repository import exports, files, jobs, keys, logs
+from shared.repository import exports, files, jobs, keys, logs, owners
 from shared.repository.jobs import Page
 from shared.settings import Settings
 from shared.spec import CONTROL_CHARACTERS, FileDataset, JobSpec
@@ -119,7 +119,7 @@ def create(
         MalformedRequest: the body is not JSON.
         InvalidRequest: the job is known to be impossible or not allowed here.
         StateConflict: the idempotency key made another job from another body.
-        QuotaExceeded: the owner has as many queued jobs as this server lets one have.
+        QuotaExceeded: the owner has used up a quota.
     """
     digest = digest_of(body)
     if idempotency_key is not None:
@@ -130,22 +130,23 @@ def create(
                 return _job_out(session, earlier)
     spec = parse(body)
     model = _find_model(settings, configs, spec)
-    check_spec(spec, settings, model, admin=caller.admin)
+    check_spec(spec, settings, model, high=caller.high)
     with database.read() as session:
         boxes = _boxes(session, settings)
+        dataset = _usable_datasets(session, caller, spec)
     check_runnable(spec, model.shape, boxes)
+    expected = _estimate(spec, model, dataset, boxes, with_others=False)["seconds"]
     with database.write() as session:
-        jobs.lock_owner(session, caller.name)
+        _usable_datasets(session, caller, spec)
+        owners.lock_owner(session, caller.name)
         if idempotency_key is not None:
             earlier = _made_before(session, caller, idempotency_key, digest)
             if earlier is not None:
                 return _job_out(session, earlier)
-        _usable_datasets(session, caller, spec)
-        if jobs.count_queued(session, caller.name) >= settings.max_queued_jobs:
-            raise QuotaExceeded(
-                f"You have {settings.max_queued_jobs} queued jobs, which is this server's limit for one "
-                "owner. Cancel one or wait until one starts."
-            )
+        quotas = owners.quotas(session, settings, caller.name)
+        quotas["queued_jobs"].check(1)
+        quotas["gpu_hours"].check()
+        quotas["stored_bytes"].check()
         job = Job(
             id=new_job_id(),
             owner=caller.name,
@@ -153,6 +154,7 @@ def create(
             model=spec.model,
             model_shape=model.shape.to_json() if model.shape else None,
             priority=jobs.PRIORITIES[spec.priority],
+            expected_seconds=expected,
             spec=spec.to_json(),
             user_metadata=spec.metadata,
         )
@@ -176,18 +178,12 @@ def estimate_job(
     """
     spec = parse_spec(body)
     model = _find_model(settings, configs, spec)
-    check_spec(spec, settings, model, admin=caller.admin)
+    check_spec(spec, settings, model, high=caller.high)
     with database.read() as session:
         dataset = _usable_datasets(session, caller, spec)
         boxes = _boxes(session, settings)
-        report = dataset.report if dataset else None
     check_runnable(spec, model.shape, boxes)
-    planned = [(plan, box) for box in boxes if (plan := make_plan(spec, model.shape, box))]
-    if not planned:
-        return EstimateOut.model_validate(estimate(spec, model, report, None, []))
-    plan, box = max(planned, key=lambda p: (p[0].device == "cuda", p[0].tokens_per_second or 0))
-    others = alternatives(spec, model.shape, box)
-    return EstimateOut.model_validate(estimate(spec, model, report, plan, others))
+    return EstimateOut.model_validate(_estimate(spec, model, dataset, boxes, with_others=True))
 
 
 def list_page(database: Database, caller: Caller, page: Page, filters: Filters) -> ListOut[JobOut]:
@@ -248,15 +244,22 @@ def pause(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) -
     return answer
 
 
-def resume(database: Database, doorbell: Doorbell, caller: Caller, job_id: str) -> JobOut:
+def resume(database: Database, doorbell: Doorbell, settings: Settings, caller: Caller, job_id: str) -> JobOut:
     """Put a paused job back into the queue; once more changes nothing.
 
     Raises:
         NotFound: absent or somebody else's.
+        QuotaExceeded: the owner has as many queued jobs as it may.
         StateConflict: the job has ended, is being cancelled, or is not paused yet.
     """
     with database.write() as session:
-        answer = _job_out(session, jobs.request_resume(session, job_id, caller.scope))
+        job = jobs.lock_job(session, job_id, caller.scope)
+        if job.status == JobStatus.PAUSED:
+            # Pausing is no way around the quota.
+            owners.lock_owner(session, job.owner)
+            owners.quotas(session, settings, job.owner)["queued_jobs"].check(1)
+        job = jobs.request_resume(session, job_id, caller.scope)
+        answer = _job_out(session, job)
     doorbell.ring(job_id)
     doorbell.tell(job_id)
     return answer
@@ -303,6 +306,24 @@ def _find_model(settings: Settings, configs: HubConfigs, spec: JobSpec) -> Model
         shape = configs.shape(spec.model, spec.model_revision)
         return model.shaped(shape) if shape else model
     return model
+
+
+def _estimate(
+    spec: JobSpec,
+    model: ModelInfo,
+    dataset: DatasetRow | None,
+    boxes: list[list[Device]],
+    *,
+    with_others: bool,
+) -> dict[str, Any]:
+    """What the job will take on the best of these boxes, with the plans that lost if they are wanted."""
+    report = dataset.report if dataset else None
+    planned = [(plan, box) for box in boxes if (plan := make_plan(spec, model.shape, box))]
+    if not planned:
+        return estimate(spec, model, report, None, [])
+    plan, box = max(planned, key=lambda p: (p[0].device == "cuda", p[0].tokens_per_second or 0))
+    others = alternatives(spec, model.shape, box) if with_others else []
+    return estimate(spec, model, report, plan, others)
 
 
 def _boxes(session: Session, settings: Settings) -> list[list[Device]]:

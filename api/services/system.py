@@ -9,12 +9,22 @@ from sqlalchemy.exc import DBAPIError
 
 from api.context import Caller, Context
 from api.metrics import render_jobs
-from api.schemas import GpuOut, ListOut, ModelOut, QueueOut, ReadyOut, SlotOut, SystemOut, WorkerOut
+from api.schemas import (
+    GpuOut,
+    ListOut,
+    ModelOut,
+    QueueOut,
+    QuotasOut,
+    ReadyOut,
+    SlotOut,
+    SystemOut,
+    WorkerOut,
+)
 from shared.clock import utcnow
 from shared.errors import Unavailable
 from shared.lifecycle import LEASED, JobStatus
 from shared.models import list_models
-from shared.repository import jobs, keys
+from shared.repository import jobs, keys, owners
 from shared.settings import Settings
 
 
@@ -40,6 +50,8 @@ def overview(context: Context, caller: Caller) -> SystemOut:
         rows = keys.live_workers(session, since)
         held = jobs.leased_jobs(session, caller.scope)
         counts = jobs.count_by_status(session, caller.scope)
+        quotas = owners.quotas(session, context.settings, caller.name)
+        lately = owners.used_lately(session, caller.name)
         oldest = jobs.oldest_queued(session, caller.scope)
     workers = [
         WorkerOut(
@@ -68,6 +80,10 @@ def overview(context: Context, caller: Caller) -> SystemOut:
         gpus=gpus,
         workers=workers,
         queue=queue,
+        quotas=QuotasOut.model_validate(
+            {name: {"used": quota.used, "limit": quota.limit} for name, quota in quotas.items()}
+        ),
+        gpu_seconds_lately=round(lately, 1),
         redis=context.doorbell.ping(),
         free_bytes=context.store.free_bytes(),
     )

@@ -11,6 +11,7 @@ from sqlmodel import Session, col, select
 from shared.clock import utcnow
 from shared.errors import NotFound, StateConflict
 from shared.lifecycle import JobStatus
+from shared.repository import owners
 from shared.repository.jobs import Page, read_page, uses_dataset
 from shared.tables import FINE_TUNE, ArtifactRow, DatasetRow, Job
 
@@ -19,13 +20,18 @@ RECORDS = frozenset({"manifest", "metrics"})
 
 
 def put_artifact(session: Session, row: ArtifactRow) -> str | None:
-    """Record a complete file; returns the store key of the one that it replaces, if there was one."""
+    """Record a complete file; returns the store key of the one that it replaces, if there was one.
+
+    Its bytes are counted for the job's owner.
+    """
     statement = select(ArtifactRow).where(ArtifactRow.job_id == row.job_id, ArtifactRow.name == row.name)
     earlier = session.exec(statement).first()
     if earlier is not None:
         session.delete(earlier)
         session.flush()
     session.add(row)
+    owner = session.exec(select(Job.owner).where(Job.id == row.job_id)).one()
+    owners.count_stored(session, owner, row.bytes - (earlier.bytes if earlier else 0))
     return earlier.key if earlier is not None else None
 
 
@@ -82,6 +88,9 @@ def has_model(session: Session, job_id: str) -> bool:
 def forget_model(session: Session, job_id: str) -> list[str]:
     """Delete the rows of all that the job has made but its records; returns their store keys."""
     rows = _model_files(session, job_id)
+    if rows:
+        owner = session.exec(select(Job.owner).where(Job.id == job_id)).one()
+        owners.count_stored(session, owner, -sum(row.bytes for row in rows))
     for row in rows:
         session.delete(row)
     return [row.key for row in rows]
@@ -160,6 +169,7 @@ def delete_file(session: Session, row: DatasetRow) -> str:
     """
     if uses_dataset(session, row.id):
         raise StateConflict("A job that has not ended uses this file: cancel it or wait for it.")
+    owners.count_stored(session, row.owner, -row.bytes)
     session.delete(row)
     return row.key
 
@@ -182,6 +192,12 @@ def results_of(session: Session, job_ids: Collection[str]) -> dict[str, list[str
     for job_id, file_id in session.exec(statement):
         found[str(job_id)].append(file_id)
     return found
+
+
+def add_file(session: Session, row: DatasetRow) -> None:
+    """Record a file that is in the store; its bytes are counted for its owner."""
+    owners.count_stored(session, row.owner, row.bytes)
+    session.add(row)
 
 
 def unchecked_datasets(session: Session) -> list[DatasetRow]:

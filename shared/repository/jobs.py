@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import and_, delete, func, or_
+from sqlalchemy.orm import object_session
 from sqlmodel import Session, col, select
 
 from shared.clock import utcnow
 from shared.errors import InvalidRequest, NotFound, StateConflict
 from shared.events import Entry
 from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
-from shared.repository import exports, logs
-from shared.tables import DatasetRow, IdempotencyKey, Job
+from shared.repository import exports, logs, owners
+from shared.tables import ArtifactRow, DatasetRow, IdempotencyKey, Job
 
 IDEMPOTENCY_HOURS = 24
 
@@ -127,15 +128,11 @@ def count_by_status(session: Session, owner: str | None) -> dict[str, int]:
     return dict(session.exec(statement).all())
 
 
-def count_queued(session: Session, owner: str) -> int:
-    statement = select(func.count()).where(Job.owner == owner, Job.status == JobStatus.QUEUED)
-    return session.exec(statement).one()
-
-
 def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
     """Take the job to another status, as the transition table allows.
 
-    A finished job has no phase and no lease; a job given back to the queue has neither.
+    A finished job has no phase and no lease; a job given back to the queue has neither. An attempt that ends
+    by it is counted for the job's owner.
 
     Raises:
         StateConflict: the table does not hold this step.
@@ -146,7 +143,11 @@ def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
         job.finished_at = utcnow()
     if target not in LEASED:
         if job.attempt_started_at is not None:
-            job.run_seconds += (utcnow() - job.attempt_started_at).total_seconds()
+            now = utcnow()
+            job.run_seconds += (now - job.attempt_started_at).total_seconds()
+            session = object_session(job)
+            if isinstance(session, Session):
+                owners.charge(session, job, now)
         job.attempt_started_at = None
         job.phase = None
         job.lease_token = None
@@ -236,6 +237,8 @@ def delete_job(session: Session, job_id: str, owner: str | None) -> None:
     job = lock_job(session, job_id, owner)
     if job.status not in TERMINAL:
         raise StateConflict(f"The job is {job.status}: cancel it first, then delete it.")
+    stored = select(func.sum(ArtifactRow.bytes)).where(ArtifactRow.job_id == job_id)
+    owners.count_stored(session, job.owner, -int(session.exec(stored).one() or 0))
     session.delete(job)
 
 
@@ -253,22 +256,39 @@ def put_idempotent(session: Session, owner: str, key: str, body_hash: str, job_i
     session.add(IdempotencyKey(owner=owner, key=key, body_hash=body_hash, job_id=job_id))
 
 
-def lock_owner(session: Session, owner: str) -> None:
-    """Let no other transaction create jobs for this owner until this one ends.
-
-    Quotas and idempotency keys are counted first and written then. SQLite's write transaction is alone
-    anyway.
-    """
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))
-
-
 def leased_jobs(session: Session, owner: str | None) -> list[tuple[str, str]]:
     """Worker and job id of every job that a worker holds and the owner may see."""
     statement = select(Job.worker, Job.id).where(col(Job.status).in_(LEASED), col(Job.worker).is_not(None))
     if owner is not None:
         statement = statement.where(Job.owner == owner)
     return [(str(worker), job_id) for worker, job_id in session.exec(statement.order_by(col(Job.id)))]
+
+
+class HeldSlots(NamedTuple):
+    """A job on a worker's slots, and what is known of its end."""
+
+    worker: str
+    gpus: int
+    since: datetime
+    # Of this attempt, by the estimate from when the job was posted.
+    expected_seconds: float | None
+    # From now on, by its own speed.
+    eta_seconds: float | None
+
+
+def held_slots(session: Session) -> list[HeldSlots]:
+    """What every worker's slots are taken by."""
+    statement = select(Job).where(col(Job.status).in_(LEASED), col(Job.worker).is_not(None))
+    return [
+        HeldSlots(
+            str(job.worker),
+            owners.gpus_of(job),
+            job.attempt_started_at or utcnow(),
+            job.expected_seconds - job.run_seconds if job.expected_seconds is not None else None,
+            (job.progress or {}).get("eta_seconds"),
+        )
+        for job in session.exec(statement)
+    ]
 
 
 def uses_dataset(session: Session, dataset_id: str) -> bool:

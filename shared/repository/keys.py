@@ -12,10 +12,10 @@ from shared.ids import hash_api_key, new_api_key
 from shared.tables import ApiKey, WorkerRow
 
 
-def create_key(session: Session, name: str, *, admin: bool) -> str:
+def create_key(session: Session, name: str, *, admin: bool, high: bool = False) -> str:
     """Make a key for the owner and return it; only its hash is stored."""
     key = new_api_key()
-    session.add(ApiKey(name=name, key_hash=hash_api_key(key), hint=key[:7], admin=admin))
+    session.add(ApiKey(name=name, key_hash=hash_api_key(key), hint=key[:7], admin=admin, high=high))
     return key
 
 

@@ -21,17 +21,6 @@ MEMORY_RETRIES = 4
 OUT_OF_MEMORY = "out of memory"
 
 
-def queue(session: Session, limit: int) -> list[Job]:
-    """The queued jobs in the order in which they are to be claimed: by priority, then age."""
-    statement = (
-        select(Job)
-        .where(Job.status == JobStatus.QUEUED)
-        .order_by(col(Job.priority), col(Job.created_at), col(Job.id))
-        .limit(limit)
-    )
-    return list(session.exec(statement))
-
-
 def claim(session: Session, job_id: str, worker: str, token: str, expires_at: datetime) -> Job | None:
     """Take a queued job under a new lease; None if it is queued no longer.
 

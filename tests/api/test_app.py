@@ -21,6 +21,7 @@ ROUTES = {
     "/jobs/{job_id}/cancel": {"post"},
     "/jobs/{job_id}/pause": {"post"},
     "/jobs/{job_id}/resume": {"post"},
+    "/jobs/{job_id}/move": {"post"},
     "/jobs/{job_id}/logs": {"get"},
     "/jobs/{job_id}/metrics": {"get"},
     "/jobs/{job_id}/checkpoints": {"get"},

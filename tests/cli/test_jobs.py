@@ -153,6 +153,8 @@ def test_pause_and_resume(tuneyard: Run) -> None:
     job_id = submit(tuneyard, "--name", "forever")
     assert tuneyard("pause", job_id).stdout.strip() in ("pausing", "paused")
     assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "paused")
+    refused = tuneyard("move", job_id, "--first")
+    assert "only a queued one can be moved" in refused.stderr
     assert tuneyard("resume", job_id).stdout.strip() == "queued"
     tuneyard("cancel", job_id)
 
@@ -179,6 +181,7 @@ def test_estimate_and_datasets(tuneyard: Run) -> None:
         (("submit", "--set", "training.learning_rate=NaN"), "NaN is no number"),
         (("submit", "--dataset", "/nonexistent/rows.jsonl"), "There is no file"),
         (("jobs", "--status", "odd"), "status"),
+        (("move", "ftjob-" + "0" * 24), "one of --first"),
         (("download", "ftjob-" + "0" * 24), "job"),
     ],
 )

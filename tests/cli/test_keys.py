@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from cli.main import app
 from shared.database import Database
 from shared.errors import Unauthorized
 from shared.ids import hash_api_key
-from shared.repository import keys
+from shared.repository import keys, owners
 from shared.settings import Settings
 from tests.conftest import TEST_DATABASE
 
@@ -59,6 +62,37 @@ def test_an_admin_key_is_one(box: dict[str, str], database: Database) -> None:
     key = tuneyard(box, "keys", "create", "root", "--admin").stdout.splitlines()[-1]
     with database.read() as session:
         assert keys.find_key(session, key).admin
+
+
+def test_a_key_may_be_for_high_priority(box: dict[str, str], database: Database) -> None:
+    key = tuneyard(box, "keys", "create", "ann", "--high").stdout.splitlines()[-1]
+    with database.read() as session:
+        found = keys.find_key(session, key)
+    assert (found.admin, found.high) == (False, True)
+
+
+def test_quotas_of_an_owner(
+    box: dict[str, str], database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in box.items():
+        monkeypatch.setenv(name, value)
+
+    def limits() -> list[float | None]:
+        with database.read() as session:
+            found = owners.quotas(session, settings, "ann")
+        assert found["queued_exports"].limit == found["queued_jobs"].limit
+        return [quota.limit for quota in found.values() if quota.name != "queued_exports"]
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["keys", "quota", "ann", *arguments])
+
+    assert "unlimited" in run().output
+    run("--queued-jobs", "5", "--running-jobs", "2", "--gpu-hours", "1.5", "--stored-bytes", "unlimited")
+    assert limits() == [5, 2, 1.5, None]
+    assert "1.5" in run("--queued-jobs", "default").output
+    assert limits() == [settings.max_queued_jobs, 2, 1.5, None]
+    for wrong in ("-3", "many", str(2**31), "nan"):
+        assert "no number from 0" in str(run("--running-jobs", wrong).exception)
 
 
 def test_the_key_itself_is_nowhere_on_disk(box: dict[str, str], settings: Settings) -> None:

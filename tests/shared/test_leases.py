@@ -13,13 +13,16 @@ from shared.database import Database
 from shared.errors import LeaseLost
 from shared.events import Entry
 from shared.lifecycle import JobStatus
-from shared.repository import jobs, leases, logs
+from shared.repository import jobs, leases, logs, queue
+from shared.settings import Settings
 from tests.samples import make_job
 
 
 def claim(database: Database, token: str = "t1", seconds: float = 60) -> str | None:
     with database.write() as session:
-        for waiting in leases.queue(session, 100):
+        for waiting in queue.offer(
+            session, Settings(), lambda p, o: iter(queue.read_line(session, p, o, None, 100))
+        ):
             job = leases.claim(session, waiting.id, "w", token, utcnow() + timedelta(seconds=seconds))
             if job is not None:
                 return job.id

@@ -106,15 +106,15 @@ def test_the_servers_limits_name_the_field(spec: dict[str, Any], param: str) -> 
     )
     model = ModelInfo("local/x", "local", context_length=2048, modules=frozenset({"q_proj", "v_proj"}))
     base = {"max_seq_length": 2048, "lora": {"target_modules": ["q_proj"]}}
-    check_spec(JobSpec.from_json(base), settings, model, admin=False)
+    check_spec(JobSpec.from_json(base), settings, model, high=False)
     with pytest.raises(InvalidRequest) as caught:
-        check_spec(JobSpec.from_json(base | spec), settings, model, admin=False)
+        check_spec(JobSpec.from_json(base | spec), settings, model, high=False)
     assert caught.value.param == param
 
 
 def test_an_admin_may_post_high_priority_and_unknown_models_are_not_judged() -> None:
     spec = JobSpec.from_json({"priority": "high", "lora": {"target_modules": ["anything"]}})
-    check_spec(spec, Settings(), ModelInfo("a/b", "hub"), admin=True)
+    check_spec(spec, Settings(), ModelInfo("a/b", "hub"), high=True)
 
 
 QWEN = {
@@ -170,7 +170,7 @@ def test_a_hub_models_context_limits_the_sequence() -> None:
     shape = ModelShape.from_config(QWEN)
     assert shape is not None
     model = ModelInfo("a/b", "hub").shaped(shape)
-    check_spec(JobSpec.from_json({"max_seq_length": 32768}), Settings(), model, admin=False)
+    check_spec(JobSpec.from_json({"max_seq_length": 32768}), Settings(), model, high=False)
     with pytest.raises(InvalidRequest, match="the context of a/b") as caught:
-        check_spec(JobSpec.from_json({"max_seq_length": 32769}), Settings(), model, admin=False)
+        check_spec(JobSpec.from_json({"max_seq_length": 32769}), Settings(), model, high=False)
     assert caught.value.param == "max_seq_length"

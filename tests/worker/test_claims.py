@@ -13,6 +13,7 @@ import pytest
 from shared.clock import utcnow
 from shared.database import Database
 from shared.device import Device
+from shared.lifecycle import JobStatus
 from shared.plan import Plan
 from shared.repository import jobs, keys, logs
 from shared.settings import Settings
@@ -201,3 +202,33 @@ def test_the_child_sees_its_first_gpu_and_knows_the_others(start: Start, databas
     assert started.data is not None
     assert started.data["gpus"] == [1, 0]
     assert status(database, behind) == "queued"
+
+
+def test_owners_share_the_gpus_that_are_free(box: Claims, database: Database) -> None:
+    ann, more = make_job(database, name="job 10"), make_job(database, name="job 10")
+    bob = make_job(database, owner="bob", name="job 10")
+    assert claimed(box, SMALL, LARGE) == [(ann, [1]), (bob, [0])]
+    last = make_job(database, owner="cem", name="job 10")
+    assert claimed(box, LARGE) == [(last, [1])]
+    assert claimed(box, LARGE) == [(more, [1])]
+
+
+def test_an_owner_at_its_quota_of_running_jobs_waits_and_holds_up_nobody(
+    settings: Settings, database: Database
+) -> None:
+    limited = settings.model_copy(update={"max_running_jobs": 1})
+    box = Claims(limited, database, "box-1", [SMALL, LARGE])
+    first, second = make_job(database, name="job 10"), make_job(database, name="job 10")
+    other = make_job(database, owner="bob", name="job 10")
+    assert claimed(box, SMALL, LARGE) == [(first, [1]), (other, [0])]
+    assert claimed(box, SMALL, LARGE) == []
+    with database.write() as session:
+        jobs.set_status(jobs.lock_job(session, first, None), JobStatus.SUCCEEDED)
+    assert claimed(box, SMALL, LARGE) == [(second, [1])]
+
+
+def test_one_owners_jobs_that_fit_nowhere_do_not_hide_the_others(box: Claims, database: Database) -> None:
+    for _ in range(claims.LOOK_AT_EACH + 1):
+        make_job(database, name="job 90")
+    other = make_job(database, owner="bob", name="job 10")
+    assert claimed(box, SMALL) == [(other, [0])]

@@ -16,6 +16,7 @@ from api.dependencies import (
     JobId,
     JobPage,
     Limit,
+    SettingsDep,
 )
 from api.routes.jobs import METADATA_FILTER
 from api.schemas_v1 import CheckpointV1, EventV1, JobV1, ListV1
@@ -99,10 +100,10 @@ def pause_fine_tuning_job(
 
 @router.post("/{job_id}/resume")
 def resume_fine_tuning_job(
-    database: DatabaseDep, doorbell: DoorbellDep, caller: CallerDep, job_id: JobId
+    database: DatabaseDep, doorbell: DoorbellDep, settings: SettingsDep, caller: CallerDep, job_id: JobId
 ) -> JobV1:
     """Let a paused job go on."""
-    return v1_jobs.shown(database, [jobs.resume(database, doorbell, caller, job_id)])[0]
+    return v1_jobs.shown(database, [jobs.resume(database, doorbell, settings, caller, job_id)])[0]
 
 
 @router.get("/{job_id}/events")

@@ -21,7 +21,7 @@ from api.services.v1.files import LIFETIMES, PURPOSES, purpose_of
 from shared.clock import utcnow
 from shared.errors import InvalidRequest, QuotaExceeded, TooLarge
 from shared.ids import new_dataset_id, new_part_id, new_upload_id
-from shared.repository import files, jobs, uploads
+from shared.repository import files, owners, uploads
 from shared.repository.uploads import COMPLETING, PENDING
 from shared.tables import DatasetRow, UploadPartRow, UploadRow
 
@@ -80,7 +80,7 @@ def create(context: Context, caller: Caller, wanted: CreateUpload) -> UploadV1:
         expires_at=utcnow() + timedelta(seconds=OPEN_SECONDS),
     )
     with context.database.write() as session:
-        jobs.lock_owner(session, caller.name)
+        owners.lock_owner(session, caller.name)
         if uploads.count_open(session, caller.name) >= MAX_OPEN:
             raise QuotaExceeded(
                 f"You have {MAX_OPEN} open uploads, which is the limit for one owner: complete or cancel one."
