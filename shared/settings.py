@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1
     busy_gpu_wait_seconds: Annotated[float, Field(ge=0)] = 3600
 
+    preemption: bool = False
+
     lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5

@@ -177,7 +177,7 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             pipeline(spec, plan, workdir, sink, control)
             sink.results(workdir.root)
     except JobStopped:
-        sink.give_back("The worker was stopped.")
+        sink.give_back("The worker asked it to stop.")
     except OperationalError as error:
         logger.warning("The database was away as the job began: %s", error.orig)
         sink.give_back("The database was away as the job began.")

@@ -129,6 +129,12 @@ class Claims:
                 if not left:
                     return
 
+    def first(self, limit: int) -> list[Job]:
+        """The waiting jobs that are next, claimed or not."""
+        with self._database.read() as session:
+            fair = queue.offer(session, self._settings, self._read_line)
+        return list(islice(fair, limit))
+
     def _read_line(self, priority: int, owner: str) -> Iterator[Job]:
         """The first of an owner's queued jobs of one priority."""
         last = None

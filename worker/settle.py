@@ -33,7 +33,7 @@ def settle(database: Database, child: Child, max_losses: int, *, asked: bool) ->
         with database.write() as session:
             job = leases.owned_job(session, child.job_id, child.token)
             if asked:
-                leases.give_back(session, job, "The worker was stopped.")
+                leases.give_back(session, job, "The worker asked it to stop.")
             else:
                 leases.lose(session, job, why, max_losses)
     except LeaseLost:

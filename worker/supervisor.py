@@ -28,6 +28,7 @@ from worker.doorbell import Listener
 from worker.exports import Exports
 from worker.launch import Child
 from worker.order import Order
+from worker.preempt import preempt
 from worker.process import Process
 from worker.requests import heed_requests
 from worker.settle import keep_checkpoints, settle
@@ -121,6 +122,8 @@ class Supervisor:
             self._bounded = now
         if now >= self._claim_after:
             self._claim()
+            if self._settings.preemption:
+                preempt(self._database, self._claims, self._children, self._free_slots())
         self._exports.tend(recover=now >= self._recover_after)
         self._standbys.tend(self._free_slots())
 

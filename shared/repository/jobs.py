@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +50,11 @@ def get_job(session: Session, job_id: str, owner: str | None) -> Job:
         NotFound: absent or somebody else's.
     """
     return _visible(session.get(Job, job_id), job_id, owner)
+
+
+def find_jobs(session: Session, job_ids: Collection[str]) -> list[Job]:
+    """Those of the jobs that there are."""
+    return list(session.exec(select(Job).where(col(Job.id).in_(job_ids))))
 
 
 def lock_job(session: Session, job_id: str, owner: str | None) -> Job:
