@@ -50,12 +50,14 @@ def planned(spec: JobSpec, device: Device, shape: ModelShape | None = NEMOTRON_N
 # One H100 80 GB, the 4B of the default model, rows of 4,096 packed, r=16 on 7 modules, 2 rows x 4.
 MEASURED = [
     (("reference", "4bit", "bf16", "all"), 0.05, 5_420, 7.5),
-    (("reference", "none", "bf16", "all"), 0.05, 5_170, 12.9),
-    (("unsloth", "4bit", "bf16", "all"), 0.05, 14_363, 5.5),
+    (("reference", "none", "bf16", "all"), 0.05, 4_954, 13.2),
+    (("unsloth", "4bit", "bf16", "all"), 0.05, 14_112, 5.5),
     (("unsloth", "4bit", "bf16", "all"), 0.0, 15_650, 4.9),
-    (("unsloth", "none", "bf16", "all"), 0.0, 16_715, 9.9),
-    (("compiled", "none", "bf16", "none"), 0.0, 22_850, 34.9),
-    (("compiled", "none", "fp8", "none"), 0.0, 25_000, 35.3),
+    (("unsloth", "none", "bf16", "all"), 0.0, 17_172, 9.9),
+    (("compiled", "none", "bf16", "none"), 0.05, 22_264, 30.5),
+    (("compiled", "none", "bf16", "none"), 0.0, 23_160, 35.1),
+    (("compiled", "none", "bf16", "all"), 0.05, 16_182, 12.4),
+    (("compiled", "none", "fp8", "none"), 0.05, 28_125, 30.5),
 ]
 
 

@@ -10,7 +10,6 @@ from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import (
     check_target_modules,
-    checkpointed,
     decoder_layers,
     start_adapter,
 )
@@ -73,6 +72,7 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:  # noqa: ARG001 - eve
     """Give the trainer this engine's batches and loss; padded batches stay Unsloth's own."""
     from worker.training.head_loss import learn_through_head
 
+    trainer.layer_calls = _count_calls(trainer.model.get_base_model())
     if not isinstance(trainer.data_collator, FlatCollator):
         return
     trainer.data_collator = FlatCollator(trainer.processing_class.pad_token_id, boundaries=True)
@@ -84,7 +84,10 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:  # noqa: ARG001 - eve
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
-    """What really ran, of this engine: `fused_layers` have Unsloth's own LoRA kernels."""
+    """What really ran, of this engine: `fused_layers` have Unsloth's own LoRA kernels.
+
+    Unsloth takes back its checkpointing when training ends: what it did shows in how often a layer ran.
+    """
     from unsloth.utils import attention_dispatch
 
     base = trainer.model.get_base_model()
@@ -93,7 +96,24 @@ def read_back(trainer: Any) -> dict[str, Any]:
     return {
         "attention": attention_dispatch.select_attention_backend(use_varlen=True),
         "variable_length": attention_dispatch._TORCH_VARLEN_ATTN is not None,
-        "gradient_checkpointing": checkpointed(base),
+        "gradient_checkpointing": "all"
+        if trainer.layer_calls["layer"] > trainer.layer_calls["model"]
+        else "none",
         "layers": len(layers),
         "fused_layers": fused,
     }
+
+
+def _count_calls(base: Any) -> dict[str, int]:
+    """Counts, from here on, how often the decoder and its first layer run in training."""
+    calls = {"model": 0, "layer": 0}
+
+    def counting(name: str) -> Any:
+        def count(module: Any, _inputs: Any) -> None:
+            calls[name] += int(module.training)
+
+        return count
+
+    base.model.register_forward_pre_hook(counting("model"))
+    decoder_layers(base)[0].register_forward_pre_hook(counting("layer"))
+    return calls

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from shared.planner import COMPILED_ARCHITECTURES
 from worker.training.collate import FlatCollator
 from worker.training.engines import layers
 from worker.training.engines.adapters import decoder_layers
@@ -23,10 +24,14 @@ pytestmark = pytest.mark.train
 ROW = {"input_ids": list(range(20, 50)), "labels": list(range(20, 50)), "seq_lengths": [12, 18]}
 
 
-def adapted(tiny_model: Path, dropout: float, attention: str = "sdpa") -> Any:
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.float32, attn_implementation=attention
-    )
+def adapted(source: Path | Any, dropout: float, attention: str = "sdpa") -> Any:
+    """A model with adapters that do something: the one in a folder, or a random one of a config."""
+    auto = transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    if isinstance(source, Path):
+        base = auto.from_pretrained(source, dtype=torch.float32, attn_implementation=attention)
+    else:
+        base = auto.from_config(source, dtype=torch.float32, attn_implementation=attention)
     torch.manual_seed(0)
     modules = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=modules)
@@ -120,11 +125,23 @@ def test_each_micro_batch_draws_new_masks_and_evaluation_none(tiny_model: Path) 
 
 # The tracer itself looks at the gradients of its inputs, and hides that warning unless it is an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("architecture", sorted(COMPILED_ARCHITECTURES))
 def test_a_layer_is_one_graph_and_batches_of_any_documents_use_it(
-    tiny_model: Path, simple_attention: None
+    architecture: str, simple_attention: None
 ) -> None:
     register_attention("packed_varlen")
-    model = adapted(tiny_model, dropout=0.1, attention="packed_varlen")
+    config = transformers.AutoConfig.for_model(
+        architecture,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=200,
+        pad_token_id=0,
+    )
+    model = adapted(config, dropout=0.1, attention="packed_varlen")
     plain = copy.deepcopy(model)
     fuse_adapters(model)
     base = model.get_base_model()
