@@ -115,13 +115,15 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
 
 
 def installed_engines() -> tuple[EngineName, ...]:
-    """The engines that a GPU of this box can run: the reference, and those whose packages are installed."""
+    """The engines that a GPU of this box can run: the reference, and those whose packages are installed.
+
+    Triton comes with the builds of torch that know CUDA, and compiles with the box's C compiler.
+    """
     found: list[EngineName] = ["reference"]
-    # The compiler of its layers: it comes with the builds of torch that know CUDA.
-    if importlib.util.find_spec("triton"):
+    if importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang"))):
         found.append("compiled")
-    if importlib.util.find_spec("unsloth"):
-        found.append("unsloth")
+        if importlib.util.find_spec("unsloth"):
+            found.append("unsloth")
     return tuple(found)
 
 

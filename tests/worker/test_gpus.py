@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidRequest, Unavailable
+from worker import gpus
 from worker.gpus import find_slots, parse_gpus, probe_gpus
 
 TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bb22, NVIDIA RTX 4090, 24564\n"
@@ -67,3 +68,24 @@ def test_without_a_driver_there_are_cpu_slots(monkeypatch: pytest.MonkeyPatch) -
     assert [s.index for s in find_slots(None, 3)] == [0, 1, 2]
     with pytest.raises(InvalidRequest, match="none"):
         find_slots([0], None)
+
+
+@pytest.mark.parametrize(
+    ("packages", "compilers", "engines"),
+    [
+        ((), ("gcc",), ("reference",)),
+        (("triton",), ("gcc",), ("reference", "compiled")),
+        (("triton", "unsloth"), ("cc",), ("reference", "compiled", "unsloth")),
+        # Triton can't compile its launchers.
+        (("triton", "unsloth"), (), ("reference",)),
+    ],
+)
+def test_a_box_offers_the_engines_that_it_can_run(
+    monkeypatch: pytest.MonkeyPatch,
+    packages: tuple[str, ...],
+    compilers: tuple[str, ...],
+    engines: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: name if name in compilers else None)
+    assert gpus.installed_engines() == engines
