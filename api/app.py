@@ -22,11 +22,12 @@ from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
 from api.queue_view import QueueView
 from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
+from api.routes.v1 import completions, fine_tuning
 from api.routes.v1 import files as v1_files
-from api.routes.v1 import fine_tuning
 from api.routes.v1 import models as v1_models
 from api.routes.v1 import uploads as v1_uploads
 from api.schemas import ErrorOut
+from api.schemas_chat import ChatRequest, CompletionRequest
 from api.services.inspection import Inspector
 from api.services.uploads import sweep
 from shared.database import Database
@@ -36,7 +37,10 @@ from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.storage import Store
 
-V1_ROUTERS = (fine_tuning.router, v1_files.router, v1_uploads.router, v1_models.router)
+V1_ROUTERS = (
+    fine_tuning.router, v1_files.router, v1_uploads.router, v1_models.router, completions.router
+)  # fmt: skip
+BODIES = (JobSpec, ChatRequest, CompletionRequest)
 SCHEMA_REF = "#/components/schemas/{model}"
 ROUTERS = (
     jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router, system.router
@@ -92,12 +96,12 @@ def _any_of(patterns: str) -> str:
 
 class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's schema with the job spec, which no parameter declares because it is parsed by itself."""
+        """FastAPI's schema with the bodies that no parameter declares, for they are parsed by themselves."""
         if self.openapi_schema is None:
-            schema = super().openapi()
-            spec = JobSpec.model_json_schema(ref_template=SCHEMA_REF)
-            schema["components"]["schemas"] |= spec.pop("$defs", {})
-            schema["components"]["schemas"]["JobSpec"] = spec
+            known = super().openapi()["components"]["schemas"]
+            for body in BODIES:
+                schema = body.model_json_schema(ref_template=SCHEMA_REF)
+                known |= schema.pop("$defs", {}) | {body.__name__: schema}
         return super().openapi()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -12,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from api.services.artifacts import Content
 from api.services.logs import Write
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +83,23 @@ async def _until_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
             await work()
         finally:
             group.cancel_scope.cancel()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What the work comes to; None where the client closes the connection first, and the work is given up."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = (asyncio.create_task(work), asyncio.create_task(watch()))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _start(response: Response, send: Send) -> None:

@@ -178,6 +178,28 @@ class Client:
     def delete_dataset(self, dataset_id: str) -> None:
         self._send("DELETE", f"/datasets/{quote(dataset_id, safe='')}")
 
+    def chat(self, body: Json) -> Iterator[Json]:
+        """The chunks of a streamed chat completion.
+
+        Raises:
+            ApiError: the server refused, or the model failed in the middle.
+        """
+        # The model may have to be loaded first: the server itself bounds how long that takes.
+        request = self._http.build_request(
+            "POST", "/v1/chat/completions", json=body, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+        )
+        with _Stream(self._http, request, self.url) as answer:
+            try:
+                for line in answer.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk: Json = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise ApiError(502, chunk["error"]["code"], chunk["error"]["message"])
+                    yield chunk
+            except httpx.TransportError as error:
+                raise ConnectionFailed(f"The answer broke off: {error}") from error
+
     def models(self) -> list[Json]:
         rows: list[Json] = self._json("GET", "/models")["data"]
         return rows

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from cli import datasets, demo, exports, jobs, keys, serve
+from cli import chat, datasets, demo, exports, jobs, keys, serve
 from cli.client import ApiError, ConnectionFailed
 from shared.errors import TuneyardError
 
@@ -25,6 +25,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     serve.serve,
     serve.api,
     serve.worker,
+    serve.inference,
     demo.demo,
     jobs.submit,
     jobs.jobs,
@@ -38,6 +39,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.download,
     jobs.estimate,
     exports.export,
+    chat.chat,
 )
 for command in COMMANDS:
     app.command()(command)

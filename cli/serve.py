@@ -1,7 +1,8 @@
-"""The commands that start processes: serve, api, worker."""
+"""The commands that start processes: serve, api, worker, inference."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from shared.errors import InvalidRequest
 from shared.queue import Doorbell
 from shared.settings import Settings, ensure_private_dir
 from worker.gpus import find_slots, with_share
+from worker.inference.service import Service
 from worker.supervisor import Supervisor
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -93,6 +95,18 @@ def worker(
     supervisor.run()
     doorbell.close()
     database.close()
+
+
+def inference(watch_stdin: WatchStdin = False) -> None:
+    """Start the process that answers from finished models, for the API on this machine."""
+    _log_to_stderr()
+    settings = Settings()
+    ensure_private_dir(settings.root)
+    service = Service(settings)
+    _on_signal(service.stop)
+    if watch_stdin:
+        _end_with_parent()
+    asyncio.run(service.run())
 
 
 def _settings(**given: object) -> Settings:

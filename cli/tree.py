@@ -1,8 +1,9 @@
-"""The process tree of `serve`: Valkey, the API and the worker, watched and brought back when one dies."""
+"""The process tree of `serve`: Valkey, the API, the worker and inference, watched and brought back."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 import subprocess
@@ -47,6 +48,7 @@ class ProcessTree:
         self._socket: socket.socket | None = None
         self._api: subprocess.Popen[bytes] | None = None
         self._worker: subprocess.Popen[bytes] | None = None
+        self._inference: subprocess.Popen[bytes] | None = None
         self._lock = FileLock(settings.root / "serve.lock")
 
     def start(self) -> str | None:
@@ -73,6 +75,8 @@ class ProcessTree:
         self._api = self._start_api()
         if self._with_worker:
             self._worker = self._start_worker()
+        if self._settings.inference_models and importlib.util.find_spec("cyllama"):
+            self._inference = self._start_inference()
         if not self._await_ready(url):
             return None
         self._settings.server_url_file.write_text(url + "\n", encoding="utf-8")
@@ -90,6 +94,9 @@ class ProcessTree:
             if self._worker is not None and self._worker.poll() is not None:
                 self._stopping.wait(RESTART_SECONDS)
                 self._worker = self._start_worker()
+            if self._inference is not None and self._inference.poll() is not None:
+                self._stopping.wait(RESTART_SECONDS)
+                self._inference = self._start_inference()
 
     def _restart_valkey(self, valkey: EmbeddedValkey) -> None:
         try:
@@ -108,6 +115,7 @@ class ProcessTree:
         if self._ready:
             self._settings.server_url_file.unlink(missing_ok=True)
         _end(self._api, STOP_SECONDS)
+        _end(self._inference, STOP_SECONDS)
         grace = max(self._settings.stop_grace_seconds, self._settings.checkpoint_grace_seconds)
         _end(self._worker, grace + STOP_SECONDS)
         if self._valkey is not None:
@@ -125,6 +133,9 @@ class ProcessTree:
     def _start_worker(self) -> subprocess.Popen[bytes]:
         count = ["--workers", str(self._workers)] if self._workers else []
         return self._start(["worker", "--watch-stdin", *count])
+
+    def _start_inference(self) -> subprocess.Popen[bytes]:
+        return self._start(["inference", "--watch-stdin"])
 
     def _start(self, arguments: Sequence[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
         given = {"DATA_DIR": self._settings.root, "HOST": self._settings.host, "PORT": self._settings.port}

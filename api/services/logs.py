@@ -102,12 +102,12 @@ async def follow(hub: Hub, database: Database, caller: Caller, job_id: str, afte
                 after = after if lines else tail.first_seq - 1
             if lines:
                 after = lines[-1].seq
-                await _send(write, b"".join(line.event for line in lines))
+                await send(write, b"".join(line.event for line in lines))
             elif tail.ended and after >= (tail.last_seq or 0):
-                await _send(write, b'event: end\ndata: {"status":"%b"}\n\n' % str(tail.status).encode())
+                await send(write, b'event: end\ndata: {"status":"%b"}\n\n' % str(tail.status).encode())
                 return
             elif not await tail.changed(KEEP_ALIVE_SECONDS):
-                await _send(write, KEEP_ALIVE)
+                await send(write, KEEP_ALIVE)
 
 
 def _is_allowed(database: Database, caller: Caller) -> bool:
@@ -123,6 +123,10 @@ async def _wait_beyond(tail: Tail, after: int, seconds: float) -> None:
             return
 
 
-async def _send(write: Write, data: bytes) -> None:
+async def send(write: Write, data: bytes) -> None:
+    """
+    Raises:
+        TimeoutError: the client took nothing for a minute.
+    """
     async with asyncio.timeout(SEND_SECONDS):
         await write(data)

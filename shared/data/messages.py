@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from shared.data.calls import read_arguments, read_call
@@ -87,6 +88,29 @@ def from_turns(
     if not turns:
         return Dropped("empty", line)
     return checked(Conversation(tuple(turns), tools, line, tuple(notes)))
+
+
+def as_messages(turns: Iterable[Turn]) -> list[dict[str, Any]]:
+    """Turns as a chat template takes them that writes calls itself."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        if turn.calls:
+            message.update(content=turn.prose, tool_calls=[_as_call(call) for call in turn.calls])
+        message |= {"tool_call_id": turn.answers} if turn.answers else {}
+        message |= {"name": turn.name} if turn.name else {}
+        messages.append(message)
+    return messages
+
+
+def as_tools(tools: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Functions on offer, each in OpenAI's wrapper, as such templates take them."""
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _as_call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
 
 
 def _first(row: dict[str, Any], *keys: str) -> Any:

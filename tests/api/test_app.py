@@ -47,6 +47,8 @@ ROUTES = {
     "/v1/uploads/{upload_id}/parts": {"post"},
     "/v1/uploads/{upload_id}/complete": {"post"},
     "/v1/uploads/{upload_id}/cancel": {"post"},
+    "/v1/chat/completions": {"post"},
+    "/v1/completions": {"post"},
     "/v1/models": {"get"},
     "/v1/models/{model}": {"get", "delete"},
     "/healthz": {"get"},

@@ -97,7 +97,7 @@ def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(
 ) -> None:
     url = served.ready()
     parts = served.parts()
-    assert set(parts) == {"valkey", "api", "worker"}
+    assert set(parts) == {"valkey", "api", "worker", "inference"}
     assert served.get(url, "/jobs").json()["data"] == []
     assert wait_for(lambda: served.get(url, "/system").json()["workers"])
     served.process.send_signal(number)
@@ -131,7 +131,7 @@ def test_when_serve_is_killed_its_parts_end_and_the_next_start_is_clean(
     parts = served.parts()
     served.process.kill()
     served.process.wait()
-    assert wait_for(lambda: not (parts["api"].is_running() or parts["worker"].is_running()), 20)
+    assert wait_for(lambda: not any(parts[name].is_running() for name in ("api", "worker", "inference")), 20)
     again = Served(tmp_path / "data")
     again.ready()
     assert wait_for(lambda: not parts["valkey"].is_running())
@@ -168,8 +168,16 @@ def test_a_port_that_is_taken_is_named(served: Served, tmp_path: Path) -> None:
 
 
 def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
-    served = Served(tmp_path / "data", "--host", "0.0.0.0", "--no-worker", HTTP_PROXY="http://127.0.0.1:1")
+    served = Served(
+        tmp_path / "data",
+        "--host",
+        "0.0.0.0",
+        "--no-worker",
+        HTTP_PROXY="http://127.0.0.1:1",
+        TUNEYARD_INFERENCE_MODELS="0",
+    )
     url = served.ready()
+    assert set(served.parts()) == {"valkey", "api"}
     assert url.startswith("http://127.0.0.1:")
     assert served.answers(url, "/jobs")
     served.process.terminate()

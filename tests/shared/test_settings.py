@@ -31,9 +31,10 @@ def test_postgresql_urls_get_the_driver_that_is_installed(url: str) -> None:
 
 def test_a_long_data_folder_has_a_short_socket_path(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
-    one, two = Settings(data_dir=deep).valkey_socket(), Settings(data_dir=deep / "x").valkey_socket()
-    assert len(os.fsencode(one)) <= MAX_SOCKET_PATH
-    assert one != two
+    one, two = Settings(data_dir=deep), Settings(data_dir=deep / "x")
+    paths = {one.valkey_socket(), two.valkey_socket(), one.inference_socket(), two.inference_socket()}
+    assert len(paths) == 4
+    assert all(len(os.fsencode(path)) <= MAX_SOCKET_PATH for path in paths)
 
 
 def test_a_private_folder_is_made_closed_and_an_open_one_is_closed(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, NoReturn
 
 from cyllama.llama.llama_cpp import (
     LlamaContext,
@@ -25,6 +27,7 @@ from cyllama.llama.llama_cpp import (
     llama_batch_get_one,
     set_log_callback,
 )
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # ggml.h's GGML_LOG_LEVEL_ERROR.
@@ -78,8 +81,8 @@ def generate(path: str, prompt: str, system: str | None = None, max_tokens: int 
     return Answer(text=text, prompt_tokens=len(prompt_tokens), tokens=len(tokens), ended=ended)
 
 
-def load_model(path: str) -> LlamaModel:
-    """The model on the CPU, with nothing printed.
+def load_model(path: str, gpu_layers: int = 0) -> LlamaModel:
+    """The model on the CPU, or so many of its layers on the GPU, with nothing printed.
 
     Raises:
         ValueError: with what llama.cpp says of the file.
@@ -89,7 +92,7 @@ def load_model(path: str) -> LlamaModel:
     set_log_callback(lambda level, text: complaints.append(text.strip()) if level >= LOG_ERROR else None)
     ggml_backend_load_all()
     params = LlamaModelParams()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = gpu_layers
     try:
         return LlamaModel(path, params)
     except ValueError as error:
@@ -100,25 +103,55 @@ def load_model(path: str) -> LlamaModel:
 
 def tokenize_chat(model: LlamaModel, vocab: LlamaVocab, prompt: str, system: str | None) -> list[int]:
     """The prompt's token ids, rendered with the model's own chat template."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text, add_special = chat_text(model, vocab, messages)
+    return list(vocab.tokenize(text, add_special, True))
+
+
+def chat_text(
+    model: LlamaModel,
+    vocab: LlamaVocab,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    prompted: bool = True,
+) -> tuple[str, bool]:
+    """The conversation as the chat template writes it, and whether the tokenizer adds its first token.
+
+    A template that writes that token itself must not get it from the tokenizer as well.
+
+    Args:
+        prompted: with the header of the answer to come.
+
+    Raises:
+        ValueError: the GGUF holds no chat template.
+        TemplateError: the template refuses the conversation.
+    """
     template = model.get_default_chat_template()
     if not template:
         raise ValueError("the GGUF holds no chat template")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
     bos, eos = vocab.token_bos(), vocab.token_eos()
     bos_token = vocab.token_to_piece(bos, 0, True) if bos >= 0 else ""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # What transformers gives its templates.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = datetime.now().astimezone().strftime
     text = environment.from_string(template).render(
         messages=messages,
-        tools=None,
-        add_generation_prompt=True,
+        tools=tools,
+        add_generation_prompt=prompted,
         bos_token=bos_token,
         eos_token=vocab.token_to_piece(eos, 0, True) if eos >= 0 else "",
     )
-    # A template that writes the first token itself must not get it from the tokenizer as well.
-    add_special = not (bos_token and text.startswith(bos_token))
-    return list(vocab.tokenize(text, add_special, True))
+    return text, not (bos_token and text.startswith(bos_token))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
@@ -135,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         answer = generate(arguments.model, arguments.prompt, arguments.system, arguments.max_tokens)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, TemplateError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps(asdict(answer), ensure_ascii=False) if arguments.json else answer.text)
 

@@ -22,9 +22,9 @@ from shared.data.chatml import (
     chatml_template,
     render,
 )
-from shared.data.conversation import Call, Conversation, Turn
+from shared.data.conversation import Conversation, Turn
 from shared.data.glaive import find_functions
-from shared.data.messages import THINK
+from shared.data.messages import THINK, as_messages, as_tools
 
 # Characters for private use stand around a turn's number where its content will be.
 _MARK = re.compile("\ue000(\\d+)\ue001")
@@ -308,19 +308,7 @@ class ModelTemplate:
         if conversation.tools and turns[0].role == "system":
             system = without_tools(turns[0].content)
             turns[:1] = [replace(turns[0], content=system)] if system else []
-        messages: list[dict[str, Any]] = []
-        for turn in turns:
-            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-            if turn.calls:
-                message.update(content=turn.prose, tool_calls=[_as_call(call) for call in turn.calls])
-            message |= {"tool_call_id": turn.answers} if turn.answers else {}
-            message |= {"name": turn.name} if turn.name else {}
-            messages.append(message)
-        tools = [
-            tool if "function" in tool else {"type": "function", "function": tool}
-            for tool in conversation.tools
-        ]
-        return turns, messages, tools or None
+        return turns, as_messages(turns), as_tools(conversation.tools) or None
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any) -> str | None:
         marked = [
@@ -338,11 +326,6 @@ class ModelTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             return None
         return str(text)
-
-
-def _as_call(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
 
 
 def _system_in_question(conversation: Conversation) -> Conversation:

@@ -1,0 +1,271 @@
+"""Chat and text completions: from OpenAI's requests to what a model is asked, and back to its shapes."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from api.context import Caller
+from api.errors import invalid_spec
+from api.schemas_chat import ChatRequest, CompletionRequest, Sampling
+from api.services.logs import Write, send
+from api.services.v1.inference import Answering, Servable
+from shared.data.conversation import INVALID_TEXT, REASONS, Call, Dropped
+from shared.data.messages import as_messages, as_tools, parse_messages
+from shared.data.written_calls import FUNCTIONCALL, CallReader
+from shared.errors import InvalidRequest, TuneyardError
+from shared.inference import Done, Generation, Started, Text
+from shared.settings import Settings
+
+# Mistral's templates take ids of calls of just this length.
+CALL_ID_LENGTH = 9
+DEFAULT_COMPLETION_TOKENS = 16
+DONE = b"data: [DONE]\n\n"
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """
+    Raises:
+        InvalidRequest: what is wrong with it.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """
+    Raises:
+        InvalidRequest: what is wrong with it.
+    """
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+
+
+def chat_generation(settings: Settings, caller: Caller, model: Servable, request: ChatRequest) -> Generation:
+    """What the model is asked: the conversation in the form in which it was trained.
+
+    Raises:
+        InvalidRequest: a message that training would have dropped.
+    """
+    tools = request.offered
+    row = {
+        "messages": [message.model_dump(exclude_none=True) for message in request.messages],
+        # Functions in the system turn, as the training data had them, unless the template writes them.
+        "tools": [] if model.own_calls else tools,
+    }
+    conversation = parse_messages(row, 1)
+    if isinstance(conversation, Dropped):
+        param = "tools" if conversation.reason == "invalid_tools" else "messages"
+        raise InvalidRequest(f"These messages can't be used: {REASONS[conversation.reason]}.", param=param)
+    if model.own_calls:
+        messages = as_messages(conversation.turns)
+    else:
+        messages = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+    return _generation(
+        settings,
+        caller,
+        model,
+        request,
+        messages=messages,
+        tools=as_tools(tools) if model.own_calls and tools else None,
+        own_calls=model.own_calls,
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+    )
+
+
+def text_generation(
+    settings: Settings, caller: Caller, model: Servable, request: CompletionRequest
+) -> Generation:
+    """What the model is asked to go on with.
+
+    Raises:
+        InvalidRequest: the text holds NUL or half a surrogate pair.
+    """
+    if INVALID_TEXT.search(request.text):
+        raise InvalidRequest(f"The prompt can't be used: {REASONS['invalid_text']}.", param="prompt")
+    most = request.max_tokens or DEFAULT_COMPLETION_TOKENS
+    return _generation(settings, caller, model, request, prompt=request.text, max_tokens=most)
+
+
+def _generation(
+    settings: Settings, caller: Caller, model: Servable, request: Sampling, **what: Any
+) -> Generation:
+    return Generation(
+        key=model.key,
+        size=model.size,
+        owner=caller.name,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        stop=request.stops,
+        seed=request.seed,
+        seconds=settings.inference_request_seconds,
+        **what,
+    )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of the answer: text, calls, or its end."""
+
+    text: str = ""
+    calls: tuple[Call, ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass
+class Reply:
+    """The answer to one request, for either way to give it."""
+
+    answering: Answering
+    started: Started
+    model: str
+    request: Sampling
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: int = 0
+
+    @classmethod
+    async def begin(cls, settings: Settings, asked: Generation, model: Servable, request: Sampling) -> Reply:
+        """Ask; the model has taken the prompt when this returns.
+
+        Raises:
+            TuneyardError: there will be no answer.
+        """
+        chat = isinstance(request, ChatRequest)
+        param = "messages" if chat else "prompt"
+        answering, started = await Answering.begin(settings.inference_socket(), asked, param)
+        made = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        return cls(answering, started, model.name, request, made)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object.
+
+        Raises:
+            TuneyardError: the model died over it.
+        """
+        text, finish = "", "stop"
+        calls: list[Call] = []
+        try:
+            async for piece in self._pieces():
+                text += piece.text
+                calls += piece.calls
+                finish = piece.finish or finish
+        finally:
+            self.answering.close()
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        if isinstance(self.request, ChatRequest):
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text or None, "tool_calls": [_tool_call(call) for call in calls]}
+            return self._object("chat.completion", [choice | {"message": message}], usage=True)
+        return self._object("text_completion", [choice | {"text": text}], usage=True)
+
+    async def stream(self, write: Write) -> None:
+        """The answer as server-sent events, an error in its midst as the last of them.
+
+        Raises:
+            TimeoutError: the client took nothing for too long.
+        """
+        chunks = self._chat_chunks() if isinstance(self.request, ChatRequest) else self._text_chunks()
+        try:
+            async for chunk in chunks:
+                await send(write, _event(chunk))
+            await send(write, DONE)
+        except TuneyardError as error:
+            await send(write, _event(error.body()))
+        finally:
+            self.answering.close()
+
+    async def _chat_chunks(self) -> AsyncIterator[dict[str, Any]]:
+        kind, number = "chat.completion.chunk", 0
+        yield self._chunk(kind, {"delta": {"role": "assistant", "content": "", "refusal": None}})
+        async for piece in self._pieces():
+            if piece.text:
+                yield self._chunk(kind, {"delta": {"content": piece.text}})
+            for call in piece.calls:
+                whole = {"index": number, **_tool_call(call)}
+                function = whole["function"]
+                begun = {**whole, "function": {"name": function["name"], "arguments": ""}}
+                rest = {"index": number, "function": {"arguments": function["arguments"]}}
+                yield self._chunk(kind, {"delta": {"tool_calls": [begun]}})
+                yield self._chunk(kind, {"delta": {"tool_calls": [rest]}})
+                number += 1
+            if piece.finish:
+                yield self._chunk(kind, {"delta": {}}, piece.finish)
+        if self.request.include_usage:
+            yield self._object(kind, [], usage=True)
+
+    async def _text_chunks(self) -> AsyncIterator[dict[str, Any]]:
+        kind = "text_completion"
+        async for piece in self._pieces():
+            if piece.text or piece.finish:
+                yield self._chunk(kind, {"text": piece.text}, piece.finish)
+        if self.request.include_usage:
+            yield self._object(kind, [], usage=True)
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        chat = self.request if isinstance(self.request, ChatRequest) else None
+        style = self.started.style or FUNCTIONCALL
+        reader = CallReader(style) if chat and chat.offered else None
+        while True:
+            event = await self.answering.next()
+            if isinstance(event, Text):
+                yield Piece(reader.feed(event.text) if reader else event.text)
+            elif isinstance(event, Done):
+                break
+        self.tokens = event.tokens
+        finish: FinishReason = event.reason
+        if reader and chat:
+            rest = reader.end()
+            calls = rest.calls[:1] if chat.parallel_tool_calls is False else rest.calls
+            yield Piece(rest.text, calls)
+            finish = "tool_calls" if calls else finish
+        yield Piece(finish=finish)
+
+    def _chunk(self, kind: str, choice: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
+        whole = {"index": 0, **choice, "logprobs": None, "finish_reason": finish}
+        chunk = self._object(kind, [whole])
+        return chunk | {"usage": None} if self.request.include_usage else chunk
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], *, usage: bool = False) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        if usage:
+            made["usage"] = {
+                "prompt_tokens": self.started.prompt_tokens,
+                "completion_tokens": self.tokens,
+                "total_tokens": self.started.prompt_tokens + self.tokens,
+            }
+        return made
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    letters = string.ascii_letters + string.digits
+    made = "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": made, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    # ASCII with escapes, for an answer may hold what no encoding takes.
+    return b"data: %b\n\n" % json.dumps(value).encode()
