@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shared.data.conversation import Conversation
 from shared.data.formats import parse_row
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.spec import JobSpec
-from tests.worker.training.data_samples import CORPUS, GoOn, chat_row, write_jsonl
+from tests.worker.training.data_samples import CORPUS, chat_row, write_jsonl
 from worker.training.data import prepare_data
 from worker.training.templates import ModelTemplate
 from worker.training.tokenize import DELIMITER_IN_TEXT, ESCAPED, Encoder, Tokens
