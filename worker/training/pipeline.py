@@ -50,13 +50,14 @@ def run(
             failures of them.
         JobStopped: `control` said so. No half-written artifact is left.
     """
+    sink.phase(Phase.PREPARING_DATA)
+    # Before anything else loads a library of it: Unsloth has to come first.
+    import_stack(plan.engine)
     with library_messages(sink), Ranks(plan, workdir, control) as ranks:
         return _run(spec, plan, workdir, sink, ranks)
 
 
 def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Ranks) -> list[Artifact]:
-    sink.phase(Phase.PREPARING_DATA)
-    import_stack(plan.engine)
     cap_gpu_memory(plan, workdir.gpu_memory_fraction)
     control.check()
     model = resolve_model(spec, workdir, control)

@@ -150,6 +150,9 @@ def _result(
             "the lowest eval loss" if exported == best else f"the last; step {best} had the lowest eval loss"
         )
         sink.log(Entry(message=f"Exporting the adapter of step {exported}: {why}."))
+    used = _what_ran(plan, trainer, callback, memory_before)
+    for shortfall in engine_of(plan).shortfalls(used):
+        sink.log(Entry(shortfall, level="warning", data={"used": used}))
     return TrainingResult(
         steps=last,
         exported_step=exported,
@@ -157,7 +160,7 @@ def _result(
         logged=callback.logged,
         evaluated=callback.evaluated,
         best_step=best,
-        used=_what_ran(plan, trainer, callback, memory_before),
+        used=used,
     )
 
 

@@ -1,8 +1,8 @@
 """Engines turn a plan into a model that is ready for the one training loop.
 
-Each is a module with three functions: `load_model(spec, plan, model)` gives the `peft.PeftModel`,
-`wire(trainer, spec, plan)` gives the trainer what the engine computes in its own way, and
-`read_back(trainer)` tells what really ran.
+Each is a module with four functions: `load_model(spec, plan, model)` gives the `peft.PeftModel`,
+`wire(trainer, spec, plan)` gives the trainer what the engine computes in its own way, `read_back(trainer)`
+tells what really ran, and `shortfalls(used)` says where that is less than the engine can do.
 """
 
 from __future__ import annotations

@@ -91,6 +91,13 @@ def read_back(trainer: Any) -> dict[str, Any]:
     }
 
 
+def shortfalls(used: dict[str, Any]) -> list[str]:
+    """What the job's log warns of, given what `read_back` found."""
+    if not used["graph_breaks"]:
+        return []
+    return [f"The compiler broke its graphs in {used['graph_breaks']} places: training was slower for it."]
+
+
 def _documents(datasets: list[Any], micro_batch: int) -> tuple[int, int]:
     """Tokens of the longest document, and the most documents that any `micro_batch` rows can hold.
 

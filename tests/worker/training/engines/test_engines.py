@@ -1,0 +1,59 @@
+"""What every engine owes the loop: what it imports first, and words for what fell back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.training.engines import compiled, reference, unsloth
+
+pytestmark = pytest.mark.train
+
+RUN = """
+import json, sys
+from pathlib import Path
+from shared.events import GoOn, MemorySink
+from shared.plan import Plan
+from shared.spec import JobSpec
+from worker.training.pipeline import run
+from worker.training.workdir import Workdir
+
+plan = Plan(
+    engine="unsloth", device="cpu", quantization="none", precision="bf16", micro_batch=1, accumulation=8,
+    gradient_checkpointing="all", reason="a test",
+)
+run(JobSpec(), plan, Workdir(root=Path(sys.argv[1]), cache=Path(sys.argv[1])), MemorySink(), GoOn())
+"""
+
+
+def test_unsloth_is_imported_before_all_that_it_changes(tmp_path: Path) -> None:
+    package = tmp_path / "unsloth"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import sys\n"
+        "loaded = [m for m in ('transformers', 'trl', 'peft', 'datasets') if m in sys.modules]\n"
+        "print('too late' if loaded else 'in time', loaded)\n"
+        "sys.exit()\n"
+    )
+    root = Path(__file__).parents[4]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    said = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        capture_output=True, text=True, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert said.stdout == "in time []\n", said.stderr
+
+
+def test_what_fell_back_is_said() -> None:
+    whole = {"packing": True, "variable_length": True, "layers": 32, "fused_layers": 32}
+    assert unsloth.shortfalls(whole) == []
+    assert "half the speed" in unsloth.shortfalls(whole | {"variable_length": False})[0]
+    assert unsloth.shortfalls(whole | {"variable_length": False, "packing": False}) == []
+    assert "30 of 32 layers" in unsloth.shortfalls(whole | {"fused_layers": 30})[0]
+    assert compiled.shortfalls({"graph_breaks": 0}) == []
+    assert "3 places" in compiled.shortfalls({"graph_breaks": 3})[0]
+    assert reference.shortfalls({}) == []
