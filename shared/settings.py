@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     inference_models: Annotated[int, Field(ge=0)] = 2
     inference_memory_bytes: Annotated[int, Field(ge=1)] = 8 << 30
     inference_context_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    inference_gpu: Literal["off", "idle"] = "off"
     inference_idle_seconds: Annotated[float, Field(gt=0)] = 300
     inference_request_seconds: Annotated[float, Field(gt=0)] = 300
     inference_requests: Annotated[int, Field(ge=1)] = 16

@@ -86,6 +86,12 @@ def test_a_job_from_upload_to_six_exports(client: Client, tmp_path: Path) -> Non
     assert job["plan"]["engine"] == "reference"
     assert job["data_report"]["rows_used"] > 0
     _check_files(client, job_id, tmp_path / "results")
+    # The server answers from the same file, and the same.
+    asked = {"model": job_id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    choices = [chunk["choices"][0] for chunk in client.chat(asked | {"temperature": 0, "stream": True})]
+    said = "".join(choice["delta"].get("content") or "" for choice in choices)
+    assert said == generate(str(tmp_path / "results" / "model-q4_k_m.gguf"), "Hello", max_tokens=4).text
+    assert choices[-1]["finish_reason"] in ("stop", "length")
 
 
 def _check_files(client: Client, job_id: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from shared.inference import CANCEL, Done, Event, Failed, Generation, from_line
 from shared.settings import Settings
 from shared.storage import Store
+from worker.inference.placement import Placement
 
 # A child that does not give up its answer within this time is ended.
 CANCEL_SECONDS = 5.0
@@ -26,6 +27,7 @@ SLACK_SECONDS = 5.0
 # Compute buffers, the vocabulary and Python itself.
 OVERHEAD_BYTES = 256 << 20
 MAX_LINE = 1 << 20
+ALL_LAYERS = 1 << 16
 KEPT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Loaded:
         self.idle_since = time.monotonic()
         self.process: asyncio.subprocess.Process | None = None
         self.copy: Path | None = None
+        self.gpu: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -68,8 +71,9 @@ class Loaded:
 class Models:
     """Answers requests with the model that each names."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, placement: Placement) -> None:
         self._settings = settings
+        self._placement = placement
         self._store = store
         # Copies of what a store has that is no folder of this machine.
         self._folder = settings.root / "cache" / "inference"
@@ -91,7 +95,14 @@ class Models:
                 await self._ask(model, asked, deadline, tell)
 
     async def sweep(self) -> None:
-        """Unload models that nobody has asked for some time, and forget those whose process ended."""
+        """Unload models that nobody has asked for some time, and those on a GPU when a job wants it.
+
+        For a job even one that answers is ended: who asked is told to ask again, and gets it from the CPU.
+        """
+        on_gpu = [model for model in self._loaded.values() if model.gpu is not None and not model.ended]
+        wanted = await asyncio.to_thread(self._placement.is_wanted) if on_gpu else False
+        for model in on_gpu if wanted else ():
+            await model.end()
         now = time.monotonic()
         async with self._changed:
             for model in list(self._loaded.values()):
@@ -213,18 +224,26 @@ class Models:
         except FileNotFoundError:
             raise Refusal(Failed("unusable", "The model's GGUF is gone from the store.")) from None
         model.copy = copy if path == copy else None
+        model.gpu = await asyncio.to_thread(self._placement.find_gpu, model.need)
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-        arguments = [str(path), str(self._settings.inference_context_bytes), "0"]
+        kept |= {
+            "CUDA_VISIBLE_DEVICES": "" if model.gpu is None else str(model.gpu),
+            # As nvidia-smi counts them.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        }
+        layers = 0 if model.gpu is None else ALL_LAYERS
+        arguments = [str(path), str(self._settings.inference_context_bytes), str(layers)]
         model.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "worker.inference.child", *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             # Threads that spin while they wait take the cores from trainings.
-            env=kept | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=kept | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUTF8": "1"},
             start_new_session=True,
             limit=MAX_LINE,
         )
-        logger.info("Loading %s", model.key)
+        where = "the CPU" if model.gpu is None else f"GPU {model.gpu}"
+        logger.info("Loading %s on %s", model.key, where)
 
     async def _ask(self, model: Loaded, asked: Generation, deadline: float, tell: Tell) -> None:
         """One request to the process, up to its last event. Leaves a process that is ready, or none."""

@@ -8,11 +8,13 @@ import logging
 
 import filelock
 
+from shared.database import Database
 from shared.errors import TuneyardError
 from shared.inference import Event, Failed, Generation, to_line
 from shared.settings import Settings, ensure_private_dir
 from shared.storage import Store
 from worker.inference.models import Models, Refusal
+from worker.inference.placement import Placement
 
 SWEEP_SECONDS = 1.0
 # A client that takes nothing for so long has gone.
@@ -28,7 +30,9 @@ class Service:
         self._settings = settings
         # JSON may write one character of a body as six.
         self._longest = 6 * settings.max_body_bytes + (1 << 16)
-        self._models = Models(settings, Store(settings.artifacts()))
+        self._database = Database(settings.database())
+        placement = Placement(settings, self._database)
+        self._models = Models(settings, Store(settings.artifacts()), placement)
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -65,6 +69,7 @@ class Service:
         finally:
             path.unlink(missing_ok=True)
             lock.release()
+            self._database.close()
 
     async def _sweep(self) -> None:
         while True:

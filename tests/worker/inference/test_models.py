@@ -18,6 +18,7 @@ from shared.storage import Store
 from tests.api.conftest import eventually
 from tests.samples import bundled_gguf
 from worker.inference.models import Models, Refusal
+from worker.inference.placement import Placement
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
@@ -28,14 +29,30 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+class Gpu(Placement):
+    """A machine with this GPU, or none, and jobs when the test says so."""
+
+    def __init__(self, index: int | None) -> None:
+        self.index = index
+        self.wanted = False
+
+    def find_gpu(self, need: int) -> int | None:
+        return None if self.wanted else self.index
+
+    def is_wanted(self) -> bool:
+        return self.wanted
+
+
 @asynccontextmanager
-async def loading(tmp_path: Path, *names: str, **settings: Any) -> AsyncIterator[Models]:
+async def loading(
+    tmp_path: Path, *names: str, gpu: Gpu | None = None, **settings: Any
+) -> AsyncIterator[Models]:
     """Models over a store that has the bundled model under these names."""
     (tmp_path / "data" / "artifacts").mkdir(parents=True)
     for name in names:
         (tmp_path / "data" / "artifacts" / name).symlink_to(bundled_gguf())
     given = Settings(data_dir=tmp_path / "data", inference_context_bytes=64 * MIB, **settings)
-    models = Models(given, Store(given.artifacts()))
+    models = Models(given, Store(given.artifacts()), gpu or Gpu(None))
     try:
         yield models
     finally:
@@ -180,3 +197,22 @@ async def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes
         with pytest.raises(Refusal) as caught:
             await ask(models, "x")
         assert caught.value.failed.kind == "unusable"
+
+
+async def test_a_model_on_a_gpu_makes_way_for_a_job(tmp_path: Path) -> None:
+    gpu = Gpu(3)
+    async with loading(tmp_path, "a", gpu=gpu) as models:
+        under_way = await begin(models, "a")
+        (process,) = processes()
+        assert process.environ()["CUDA_VISIBLE_DEVICES"] == "3"
+        assert int(process.cmdline()[-1]) > 1000
+        await models.sweep()
+        assert process.is_running()
+        gpu.wanted = True
+        await models.sweep()
+        with pytest.raises(Refusal, match="process died"):
+            await under_way
+        assert (await ask(models, "a"))[-1] == Done("length", 2)
+        (process,) = processes()
+        assert process.environ()["CUDA_VISIBLE_DEVICES"] == ""
+        assert process.cmdline()[-1] == "0"
