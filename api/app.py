@@ -29,7 +29,6 @@ from api.routes.v1 import uploads as v1_uploads
 from api.schemas import ErrorOut
 from api.schemas_chat import ChatRequest, CompletionRequest
 from api.services.inspection import Inspector
-from api.services.uploads import sweep
 from shared.database import Database
 from shared.hub import HubConfigs
 from shared.queue import Doorbell
@@ -112,7 +111,6 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     await to_thread.run_sync(database.migrate)
     store = Store(settings.artifacts())
     uploads = settings.root / "uploads"
-    await to_thread.run_sync(sweep, uploads)
     doorbell = Doorbell(settings.redis())
     hub = Hub(database, settings.redis())
     inspector = Inspector(database, store, uploads)

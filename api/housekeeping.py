@@ -1,4 +1,4 @@
-"""What the API does by the clock: files and uploads whose time is over go."""
+"""What the API does by the clock: files and uploads whose time is over go, and what uploads left behind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 
 from api.context import Context
+from api.services.uploads import sweep as sweep_left
 from api.services.v1.uploads import sweep
 
 EVERY_SECONDS = 60.0
@@ -31,6 +32,7 @@ async def housekeeping(context: Context) -> AsyncIterator[None]:
 async def _run(context: Context) -> None:
     while True:
         try:
+            await to_thread.run_sync(sweep_left, context.settings.root / "uploads")
             await to_thread.run_sync(sweep, context)
         except Exception:
             # The boundary of this task: what the database or the store refuse now, they may take in a minute.

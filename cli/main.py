@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from cli import chat, datasets, demo, exports, jobs, keys, serve
+from cli import chat, datasets, demo, exports, gc, jobs, keys, serve
 from cli.client import ApiError, ConnectionFailed
 from shared.errors import TuneyardError
 
@@ -40,6 +40,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.estimate,
     exports.export,
     chat.chat,
+    gc.gc,
 )
 for command in COMMANDS:
     app.command()(command)

@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     data_cache_bytes: Annotated[int, Field(ge=0)] = 50 << 30
     compile_cache_bytes: Annotated[int, Field(ge=0)] = 10 << 30
 
+    keep_checkpoint_days: Annotated[float, Field(ge=0)] | None = 30
+    keep_last_checkpoints: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoint_bytes: Annotated[int, Field(ge=0)] | None = None
+    keep_artifact_days: Annotated[float, Field(ge=0)] | None = None
+    keep_artifact_jobs: Annotated[int, Field(ge=1)] | None = None
+    keep_log_days: Annotated[float, Field(ge=0)] | None = None
+    keep_log_entries: Annotated[int, Field(ge=1)] | None = None
+
     standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 
     inference_models: Annotated[int, Field(ge=0)] = 2

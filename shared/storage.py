@@ -10,13 +10,26 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import fsspec
 
 CHUNK = 1 << 20
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as the store lists it: its key, if it is a complete one. `modified` is a Unix time."""
+
+    name: str
+    bytes: int
+    modified: float
 
 
 class Store:
@@ -91,6 +104,20 @@ class Store:
         path = self._path(prefix)
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
+
+    def list_files(self) -> Iterator[StoredFile]:
+        """Everything in the store, also what is no complete file of ours."""
+        root = self._root.rstrip("/")
+        self._fs.invalidate_cache()
+        for path, info in self._fs.find(root, detail=True).items():
+            made = info.get("mtime") or info.get("LastModified") or info.get("created")
+            seconds = made.timestamp() if isinstance(made, datetime) else float(made or time.time())
+            yield StoredFile(path.removeprefix(root).lstrip("/"), int(info["size"] or 0), seconds)
+
+    def remove_stray(self, file: StoredFile) -> None:
+        """Delete a file that `list_files` told of; one that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root.rstrip('/')}/{file.name}")
 
     def is_writable(self) -> bool:
         """Whether a small file can be written, for the readiness check."""

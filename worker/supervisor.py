@@ -31,12 +31,14 @@ from worker.order import Order
 from worker.preempt import preempt
 from worker.process import Process
 from worker.requests import heed_requests
+from worker.retention import collect_in_background
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
 from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
 
 SEEN_SECONDS = 5.0
 BOUND_SECONDS = 3600.0
+COLLECT_SECONDS = 3600.0
 # A process that dies sooner than this has hardly begun its job.
 QUICK_DEATH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 120.0
@@ -75,6 +77,8 @@ class Supervisor:
         )
         self._seen = self._swept = -SWEEP_SECONDS
         self._bounded = -BOUND_SECONDS
+        # Not as it starts: whoever starts it with the wrong settings has an hour to see it.
+        self._collected = time.monotonic()
         self._ticked_at = time.time()
         # Monotonic times before which nothing is recovered, or claimed.
         self._recover_after = self._claim_after = 0.0
@@ -120,6 +124,9 @@ class Supervisor:
         if now - self._bounded >= BOUND_SECONDS and not self._children:
             bound(self._compile_cache, self._settings.compile_cache_bytes)
             self._bounded = now
+        if now - self._collected >= COLLECT_SECONDS:
+            collect_in_background(self._database, self._settings)
+            self._collected = now
         if now >= self._claim_after:
             self._claim()
             if self._settings.preemption:
