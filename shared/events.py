@@ -44,8 +44,8 @@ class Progress:
 class Artifact:
     """One complete file that a job produced, still in its work folder.
 
-    `kind` is the export string (`gguf:q4_k_m`), `manifest`, `metrics` or `modelfile`; `sha256` is hex. One
-    that is not `listed` is kept for later exports and handed out to nobody.
+    `kind` is the export string (`gguf:q4_k_m`), `manifest`, `metrics`, `modelfile` or `tensorboard`; `sha256`
+    is hex. One that is not `listed` is kept for later exports and handed out to nobody.
     """
 
     name: str

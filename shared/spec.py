@@ -36,6 +36,7 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 ExportFormat = Literal["adapter", "merged_16bit", "gguf:f16", "gguf:q8_0", "gguf:q5_k_m", "gguf:q4_k_m"]
 DataFormat = Literal["auto", "glaive", "messages", "sharegpt", "alpaca", "text", "prompt_completion"]
 Engine = Literal["auto", "unsloth", "compiled", "reference"]
+Reporter = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 Priority = Literal["low", "normal", "high"]
 
 
@@ -176,7 +177,7 @@ class JobSpec(SpecModel):
     exports: Annotated[
         tuple[ExportFormat, ...], Field(min_length=1, max_length=6), AfterValidator(_distinct)
     ] = ("adapter",)
-    report_to: Annotated[tuple[str, ...], Field(max_length=0)] = ()
+    report_to: Annotated[tuple[Reporter, ...], Field(max_length=4), AfterValidator(_distinct)] = ()
     priority: Priority = "normal"
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
 

@@ -38,6 +38,7 @@ from worker.checkpoints import complete_checkpoints
 from worker.export_order import LaterExport, read_export
 from worker.lease import ExportLease, JobLease
 from worker.order import Order
+from worker.reporting import reporting
 from worker.sink import DatabaseSink
 from worker.training.failures import explain
 from worker.training.workdir import Workdir
@@ -174,7 +175,8 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
         else:
             spec, plan, keys = _read_job(order, settings, attempt.database)
             workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
-            pipeline(spec, plan, workdir, sink, control)
+            with reporting(order, spec, settings.root, sink) as told:
+                pipeline(spec, plan, workdir, told, control)
             sink.results(workdir.root)
     except JobStopped:
         sink.give_back("The worker asked it to stop.")

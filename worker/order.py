@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,6 +13,7 @@ class Order:
 
     `gpus` are the numbers, as nvidia-smi has them, of the GPUs that it may use; the process itself sees the
     first of them alone. `export_id` is that of an export to be made; without it the job itself is to be run.
+    `reporting` are the environment variables of the reporters that the job names.
     """
 
     job_id: str
@@ -21,6 +22,8 @@ class Order:
     settings: dict[str, Any]
     gpus: tuple[int, ...] = ()
     export_id: str | None = None
+    # Holds credentials: it is neither printed nor logged.
+    reporting: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

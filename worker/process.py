@@ -26,6 +26,8 @@ ENVIRONMENT = frozenset(
 # AWS_ is for an artifact store on S3.
 ENVIRONMENT_PREFIXES = ("LC_", "HF_", "AWS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TRITON_")
 OUTPUT_FILE = "output.log"
+# What reporters write: beside the attempts of a job, and in the data folder what all jobs share.
+REPORTS = "reports"
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from worker.launch import Child
 from worker.order import Order
 from worker.preempt import preempt
 from worker.process import Process
+from worker.reporting import reporter_environment
 from worker.requests import heed_requests
 from worker.retention import collect_in_background
 from worker.settle import keep_checkpoints, settle
@@ -219,7 +220,9 @@ class Supervisor:
         token = str(job.lease_token)
         workdir = self._work / job.id / f"{job.attempt}-{token}"
         gpus = tuple(device.index for device in devices if device.kind == "cuda")
-        order = Order(job.id, token, str(workdir), self._settings.model_dump(mode="json"), gpus)
+        given = reporter_environment(JobSpec.from_json(job.spec).report_to, os.environ)
+        settings = self._settings.model_dump(mode="json")
+        order = Order(job.id, token, str(workdir), settings, gpus, reporting=given)
         self._doorbell.tell(job.id)
         engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:

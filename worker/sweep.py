@@ -15,6 +15,7 @@ from shared.database import Database
 from shared.ids import JOB_ID
 from shared.repository import exports, leases
 from worker.checkpoints import FOLDER, move_checkpoints
+from worker.process import REPORTS
 
 SWEEP_SECONDS = 30.0
 # Folders of processes that wait for a job: this, the number of their supervisor, and their own.
@@ -40,7 +41,7 @@ def sweep(database: Database, work: Path) -> None:
             continue
         token = holders[folder.name].token
         for attempt in folder.iterdir():
-            held = attempt.name == FOLDER or attempt.name in exported
+            held = attempt.name in (FOLDER, REPORTS) or attempt.name in exported
             held = held or bool(token and attempt.name.endswith(f"-{token}"))
             # A claim that is newer than what was read of it above has a new folder.
             if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:

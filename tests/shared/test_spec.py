@@ -121,7 +121,7 @@ def test_a_spec_survives_its_own_json(spec: dict[str, Any]) -> None:
         ({"exports": []}, "exports"),
         ({"exports": ["gguf:q2_k"]}, "exports.0"),
         ({"exports": ["adapter", "adapter"]}, "exports"),
-        ({"report_to": ["wandb"]}, "report_to"),
+        ({"report_to": ["pigeon"]}, "report_to.0"),
         ({"engine": "vllm"}, "engine"),
         ({"engine": "compiled", "quantization": "4bit"}, "engine"),
         ({"engine": "compiled", "precision": "fp32"}, "engine"),
