@@ -201,7 +201,8 @@ def test_the_gpu_stack_is_pinned_alike_everywhere() -> None:
     base, gpu = pins("constraints.txt"), pins("constraints-gpu.txt")
     assert not set(base) & set(gpu)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("worker", "gpu", "reporters") for line in project["optional-dependencies"][extra]]
+    optional = project["optional-dependencies"]
+    extras = [line for extra in ("worker", "gpu", "reporters") for line in optional[extra]]
     exact = dict(line.split("==") for line in extras if "==" in line)
     assert {normal(name): version for name, version in exact.items()}.items() <= (base | gpu).items()
     assert exact["torch"] == "2.13.0"
