@@ -34,7 +34,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice, and one of its values would be lost")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    strict=False, parse_constant=_refuse_constant, object_pairs_hook=_with_each_key_once
+)
 
 
 def read_call(text: str) -> tuple[Call, str, bool] | None:
@@ -158,12 +167,14 @@ def _read_literal(text: str) -> tuple[Call, str, bool] | None:
         # Python warns of escapes that it doesn't know; they are kept as they are.
         warnings.simplefilter("ignore")
         try:
-            value = ast.literal_eval(body)
+            tree = ast.parse(body, mode="eval")
+            value = ast.literal_eval(tree)
             json.dumps(value)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return None
     call = _from_object(value)
-    return None if call is None or not _is_plain(value) else (call, "", True)
+    twice = any(isinstance(node, ast.Dict) and _has_a_key_twice(node) for node in ast.walk(tree))
+    return None if call is None or twice or not _is_plain(value) else (call, "", True)
 
 
 def _from_object(value: Any) -> Call | None:
@@ -179,6 +190,10 @@ def _from_object(value: Any) -> Call | None:
             return None
     # null, a number or a bare text is JSON, but not what the function would be called with.
     return Call(name, arguments) if isinstance(arguments, dict | list) else None
+
+
+def _has_a_key_twice(node: ast.Dict) -> bool:
+    return len({key.value for key in node.keys if isinstance(key, ast.Constant)}) < len(node.keys)
 
 
 def _is_plain(value: Any) -> bool:

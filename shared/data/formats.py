@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from shared.errors import DatasetError
 
 Format = Literal["glaive", "messages", "sharegpt", "alpaca", "text", "prompt_completion"]
 FORMATS: tuple[str, ...] = get_args(Format)
+_GLAIVE_HEADER = re.compile(r"(?:USER|ASSISTANT):")
 ROWS_LOOKED_AT = 100
 # These rows are held in memory, and one may have 16 MiB.
 CHARACTERS_LOOKED_AT = 4 * 2**20
@@ -113,7 +115,8 @@ def parse_row(
 
 
 def _format_of(row: dict[str, Any]) -> str | None:
-    if isinstance(row.get("chat"), str):
+    chat = row.get("chat")
+    if isinstance(chat, str) and _GLAIVE_HEADER.search(chat):
         return "glaive"
     for key in ("messages", "conversations", "conversation"):
         turns = listed(row.get(key))
@@ -124,7 +127,9 @@ def _format_of(row: dict[str, Any]) -> str | None:
         return "alpaca"
     if "prompt" in row and "completion" in row:
         return "prompt_completion"
-    return "text" if isinstance(row.get("text"), str) else None
+    if isinstance(row.get("text"), str):
+        return "text"
+    return "glaive" if isinstance(chat, str) else None
 
 
 def _string(row: dict[str, Any], key: str) -> str:

@@ -6,7 +6,8 @@ What is a real header, seen in real rows:
   Two are enough in rows without any `<|endoftext|>`, and where an answer must follow (after USER and
   FUNCTION RESPONSE) in rows whose turns no three breaks separate.
 - A reading in which `<|endoftext|>` ends what a user or a function said missed a header: then the next
-  looser one is tried (two breaks, then a header at a line's start where an answer must follow).
+  looser one is tried (two breaks, then a header at a line's start where an answer must follow). Where none
+  makes sense, three breaks within an answer may be its own: then it goes on to `<|endoftext|>`.
 - Rows without any of these (one line a turn, as in the documentation) have a header at each line's start.
 - Blank lines may hold spaces where a row has no plain ones. White space is matched up to a bound: an
   endless run of it must not cost quadratic time.
@@ -120,11 +121,18 @@ def _headers(chat: str) -> list[re.Match[str]]:
         found = _real(chat, looser, 1)
         if _consistent(chat, found):
             return found
-    return first
+    whole = _real(chat, candidates, 3 if full else 2, whole_answers=True)
+    return whole if _consistent(chat, whole) else first
 
 
-def _real(chat: str, candidates: list[re.Match[str]], least: int) -> list[re.Match[str]]:
-    """The candidates that are headers where an answer's header needs at least so many line breaks."""
+def _real(
+    chat: str, candidates: list[re.Match[str]], least: int, whole_answers: bool = False
+) -> list[re.Match[str]]:
+    """The candidates that are headers where an answer's header needs at least so many line breaks.
+
+    Args:
+        whole_answers: an answer ends at `<|endoftext|>` and nowhere else.
+    """
     marked = END in chat
     real: list[re.Match[str]] = []
     json_ends = broken = 0
@@ -133,6 +141,8 @@ def _real(chat: str, candidates: list[re.Match[str]], least: int) -> list[re.Mat
             continue
         before, name = match["before"], match["name"]
         previous = real[-1]["name"] if real else None
+        if whole_answers and previous == "ASSISTANT" and END not in before:
+            continue
         first = match.start() == 0
         due = name == "ASSISTANT" and previous in ("USER", "FUNCTION RESPONSE")
         answers = due and (_breaks(match) >= least or END in before)

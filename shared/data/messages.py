@@ -221,7 +221,7 @@ def _tool_calls(message: dict[str, Any], notes: list[str]) -> list[Call | str]:
     """OpenAI's `tool_calls` and the older `function_call`."""
     listed = message.get("tool_calls")
     single = message.get("function_call")
-    if listed is None:
+    if listed is None or listed == []:
         listed = [] if single is None else [single]
     if not isinstance(listed, list):
         raise RowError("not_text")

@@ -28,6 +28,8 @@ _DECODER = json.JSONDecoder()
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _KINDS = {list: "an array", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 _DELIMITERS = (",", "\t", ";")
+# A CSV of one column has no delimiter to be known by.
+_ONLY_COLUMNS = ("text", "chat", "messages", "conversations", "conversation")
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive: unpack it, or use gzip or zstd",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
@@ -225,13 +227,14 @@ class _Buffer:
 
 def _csv_rows(chunks: Iterable[bytes], skipped: int) -> Iterator[Row]:
     lines = _CsvLines(chunks, skipped)
-    header = next(lines)
+    header = next((line for line in lines if line.strip()), "\n")
+    skipped = lines.number - 1
     delimiter = max(_DELIMITERS, key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader)]
-        if len(names) < 2 and names != ["text"]:
+        if len(names) < 2 and (names or [""])[0] not in _ONLY_COLUMNS:
             raise DatasetError(
                 "The file is neither JSON nor a CSV with a header: its first line is "
                 f"{header.strip()[:80]!r}. Wanted are JSONL, a JSON array, CSV or Parquet.",
@@ -261,12 +264,13 @@ class _CsvLines:
     """Lines with their ends, empty ones too: a quoted cell may hold them.
 
     Attributes:
+        number: of the line given last, from 1.
         taken: characters since it was last set to 0, which must not become more than a row may have.
     """
 
     def __init__(self, chunks: Iterable[bytes], skipped: int) -> None:
         self._lines = self._decoded(chunks, skipped)
-        self._number = skipped
+        self.number = skipped
         self.taken = 0
 
     def __iter__(self) -> _CsvLines:
@@ -274,10 +278,10 @@ class _CsvLines:
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self._number += 1
+        self.number += 1
         self.taken += len(line)
         if self.taken > MAX_ROW_BYTES + len(line):
-            raise _too_long(self._number)
+            raise _too_long(self.number)
         return line
 
     @staticmethod

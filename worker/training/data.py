@@ -119,10 +119,9 @@ def prepare_data(
 
     root = cache or Path(tempfile.mkdtemp(prefix="tuneyard-data-"))
     try:
-        folder, was_there = cached(
-            root, _key(spec, source, held_out, tokenizer, template, limit), make, control, cache_bytes
-        )
-        train, validation, found = _loaded(folder)
+        key = _key(spec, source, held_out, tokenizer, template, limit)
+        with cached(root, key, make, control, cache_bytes) as (folder, was_there):
+            train, validation, found = _loaded(folder)
     except BaseException as error:
         if cache is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -206,6 +205,8 @@ def _key(
             "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
             "limit": limit,
             "first_rows": spec.training.effective_batch,
+            # The report tells how much padding rows that are not packed get.
+            "padded_together": None if spec.packing else spec.training.per_device_train_batch_size,
             "seed": spec.training.seed,
             **{name: getattr(spec, name) for name in fields},
         }

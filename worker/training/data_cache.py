@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,15 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
+@contextmanager
 def cached(
     root: Path, key: str, make: Callable[[Path], None], control: Control, limit: int = DEFAULT_BYTES
-) -> tuple[Path, bool]:
-    """The folder of that key, filled by `make` if it isn't there yet.
+) -> Iterator[tuple[Path, bool]]:
+    """The folder of that key, filled by `make` if it isn't there yet, and whether it was there.
 
     Made aside and renamed, under a lock: a folder that is there is complete, and two jobs that want the same
-    one make it once. Folders over `limit` bytes in all are given up, the least recently used first; a job
-    that has their files mapped keeps them.
-
-    Returns:
-        the folder, and whether it was there already.
+    one make it once. Folders over `limit` bytes in all are given up, the least recently used first, but none
+    whose lock somebody holds: a job has it until its files are mapped, and then keeps them.
 
     Raises:
         JobStopped: while waiting for another job to make it. Whatever `make` raises; nothing is left of it.
@@ -67,10 +66,14 @@ def cached(
     while True:
         control.check()
         try:
-            with lock.acquire(timeout=LOCK_POLL_SECONDS):
-                return _found_or_made(root, folder, make, limit)
+            lock.acquire(timeout=LOCK_POLL_SECONDS)
+            break
         except filelock.Timeout:
             continue
+    try:
+        yield _found_or_made(root, folder, make, limit)
+    finally:
+        lock.release()
 
 
 def _found_or_made(root: Path, folder: Path, make: Callable[[Path], None], limit: int) -> tuple[Path, bool]:
@@ -94,7 +97,11 @@ def _evict(root: Path, keep: Path, limit: int) -> None:
         for folder in root.iterdir():
             if not folder.is_dir():
                 continue
-            used = folder.stat().st_mtime
+            try:
+                used = folder.stat().st_mtime
+            except FileNotFoundError:
+                # Another job has just renamed what it made aside.
+                continue
             if not folder.name.startswith("."):
                 folders.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
             elif now - used > STALE_SECONDS:
@@ -103,8 +110,17 @@ def _evict(root: Path, keep: Path, limit: int) -> None:
         for _, folder, size in sorted(folders):
             if total <= limit:
                 break
-            if folder != keep:
-                # Renamed first: nobody may find it half gone.
-                gone = folder.rename(root / f".gone-{folder.name}-{os.getpid()}")
-                shutil.rmtree(gone, ignore_errors=True)
+            if folder != keep and _give_up(root, folder):
                 total -= size
+
+
+def _give_up(root: Path, folder: Path) -> bool:
+    """Remove a folder, unless a job is about to open its files."""
+    try:
+        with filelock.FileLock(root / f"{folder.name}.lock", timeout=0):
+            # Renamed first: nobody may find it half gone.
+            gone = folder.rename(root / f".gone-{folder.name}-{os.getpid()}")
+    except filelock.Timeout:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True

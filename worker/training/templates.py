@@ -6,6 +6,7 @@ Both give spans whose texts, joined, are exactly what the exported template give
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Protocol
@@ -261,6 +262,8 @@ class ModelTemplate:
             upto = upto.rstrip().removesuffix(self._tail).rstrip()
             if not upto.endswith(self._end) or not whole.startswith(upto) or len(before) < at:
                 return None
+            if _loses_calls(turn, upto[len(before) :]):
+                return None
             trained = turn.trained if turn.trained is not None else True
             header = len(before) - len(self._prompt) if before.endswith(self._prompt) else len(before)
             header = max(at, header)
@@ -284,7 +287,7 @@ class ModelTemplate:
         spans = [Span(header, False, True)]
         for turn, piece in zip(answers, pieces, strict=True):
             said, end, after = piece.partition(self._end)
-            if not end:
+            if not end or _loses_calls(turn, said):
                 return None
             trained = turn.trained if turn.trained is not None else bool(turn.content.strip())
             spans.append(Span(self._prompt, False, True))
@@ -326,6 +329,16 @@ class ModelTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             return None
         return str(text)
+
+
+def _loses_calls(turn: Turn, written: str) -> bool:
+    """Whether something of a turn with calls is missing in what the template wrote for it.
+
+    Some write the first call only, or no text beside a call. Reasoning may be left out of earlier answers.
+    """
+    said = turn.prose.rpartition(THINK[1])[2].strip()
+    names = Counter(call.name for call in turn.calls)
+    return bool(names) and (said not in written or any(written.count(n) < names[n] for n in names))
 
 
 def _system_in_question(conversation: Conversation) -> Conversation:

@@ -58,6 +58,11 @@ def test_read(text: str, arguments: Any, repaired: bool) -> None:
         """{'name': 'f', 'arguments': {1: 2}}""",
         """{'name': 'f', 'arguments': {'a': (1, 2)}}""",
         """{'name': 'f', 'arguments': __import__('os')}""",
+        # A key twice: which of the two is meant, nobody knows.
+        '{"name": "f", "arguments": {"a": 1, "a": 2}}',
+        """{"name": "f", "arguments": '{"a": {"b": 1, "b": 2}}'}""",
+        '{"name": "f", "name": "g", "arguments": {}}',
+        """{'name': 'f', 'arguments': {'a': 1, 'a': 2}}""",
         "{" * 5000,
         '{"name": "f", "arguments": ' + "[" * 5000 + "]" * 5000 + "}",
     ],
@@ -75,7 +80,7 @@ def test_what_follows_the_call_is_given_back() -> None:
 
 
 def test_arguments_that_are_no_json_value() -> None:
-    for text in ("", "Tokyo", '"Tokyo"', "{} {}", "[NaN]", "[" * 5000):
+    for text in ("", "Tokyo", '"Tokyo"', "{} {}", "[NaN]", '{"a": 1, "a": 2}', "[" * 5000):
         with pytest.raises(ValueError):  # noqa: PT011 - any kind of ValueError says it
             read_arguments(text)
 

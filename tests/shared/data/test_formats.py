@@ -49,6 +49,10 @@ def test_the_format_is_the_majoritys_and_unknown_columns_are_named() -> None:
     assert detect_format([{"text": "x"}, {"messages": CHAT}, {"messages": CHAT}]) == "messages"
     with pytest.raises(DatasetError, match=r"columns answer, question, which fit no known format"):
         detect_format([{"question": "q", "answer": "a"}])
+    # A column with the name of Glaive's that holds something else.
+    assert detect_format([{"messages": CHAT, "chat": "chat-17"}]) == "messages"
+    assert detect_format([{"messages": CHAT, "chat": "USER: a"}]) == "glaive"
+    assert detect_format([{"chat": "Human: a"}]) == "glaive"
     with pytest.raises(DatasetError, match="no rows"):
         conversations([])
 

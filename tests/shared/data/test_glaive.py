@@ -327,6 +327,17 @@ def test_dialogues_in_what_users_and_functions_say_where_three_breaks_separate(
     ]
 
 
+def test_an_answer_that_holds_a_dialogue_of_its_own_goes_on_to_its_end() -> None:
+    play = "Here it is:\n\n\nUSER: Is this a play?\n\n\nThe end."
+    chat = (
+        f"USER: Write one.\n\n\nASSISTANT: {play} <|endoftext|>\n\n\nUSER: Thanks\n\n\nASSISTANT: Any time."
+    )
+    found = parse_glaive({"chat": chat}, 1)
+    assert isinstance(found, Conversation)
+    assert [turn.content for turn in found.turns] == ["Write one.", play, "Thanks", "Any time."]
+    assert found.notes == ("header_in_text",)
+
+
 @given(_turns, _prose, st.sampled_from(["\n\n", "\n\n\n"]), st.booleans())
 def test_what_is_written_as_glaive_is_read_back_equal(
     conversation: list[Turn], system: str, separator: str, quoted: bool

@@ -53,3 +53,12 @@ def test_prompt_and_completion_as_json_of_messages() -> None:
         ("user", "[1, 2]"),
         ("assistant", "[]"),
     ]
+
+
+def test_an_older_call_beside_an_empty_list_of_calls() -> None:
+    asked = {"role": "assistant", "content": None, "tool_calls": []}
+    row = {"messages": [CHAT[0], {**asked, "function_call": {"name": "f", "arguments": "{}"}}]}
+    assert turns(row, "messages") == [
+        ("user", "q"),
+        ("assistant", '<functioncall> {"name": "f", "arguments": {}}'),
+    ]

@@ -312,3 +312,15 @@ def test_parquet_in_gzip_and_in_zstd(tmp_path: Path) -> None:
 def test_a_csv_with_a_column_twice(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="two columns with the name 'text'"):
         rows_of(tmp_path / "file", b"text,text\na,b\n")
+
+
+def test_a_csv_of_one_column_and_one_that_begins_with_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text('\n\r\nchat\n"USER: a\n\n\nASSISTANT: b"\n"USER: c"\n', encoding="utf-8")
+    assert list(read_rows(path)) == [(4, {"chat": "USER: a\n\n\nASSISTANT: b"}), (8, {"chat": "USER: c"})]
+    path.write_text("some words\nand more\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match="neither JSON nor a CSV"):
+        list(read_rows(path))
+    path.write_text("\u00a0\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match="neither JSON nor a CSV"):
+        list(read_rows(path))

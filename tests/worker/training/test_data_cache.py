@@ -100,7 +100,8 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
     found: list[tuple[Path, bool]] = []
 
     def job() -> None:
-        found.append(cached(tmp_path, "key", make, GoOn()))
+        with cached(tmp_path, "key", make, GoOn()) as (folder, was_there):
+            found.append((folder, was_there))
 
     threads = [threading.Thread(target=job) for _ in range(3)]
     for thread in threads:
@@ -130,11 +131,15 @@ def test_a_job_that_waits_can_be_stopped(tmp_path: Path) -> None:
         inside.set()
         leave.wait(10)
 
-    thread = threading.Thread(target=cached, args=(tmp_path, "key", make, GoOn()))
+    def job(control: Any) -> None:
+        with cached(tmp_path, "key", make, control):
+            pass
+
+    thread = threading.Thread(target=job, args=(GoOn(),))
     thread.start()
     assert inside.wait(10)
     with pytest.raises(JobStopped):
-        cached(tmp_path, "key", make, StopSoon())
+        job(StopSoon())
     leave.set()
     thread.join()
 
@@ -144,21 +149,64 @@ def test_a_failure_leaves_nothing_and_the_next_one_makes_it(tmp_path: Path) -> N
         (folder / "half").write_text("x", encoding="utf-8")
         raise ValueError
 
-    with pytest.raises(ValueError):  # noqa: PT011 - it is the one raised above
-        cached(tmp_path, "key", broken, GoOn())
+    with pytest.raises(ValueError), cached(tmp_path, "key", broken, GoOn()):  # noqa: PT011 - the one above
+        pass
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert cached(tmp_path, "key", write_file, GoOn()) == (tmp_path / "key", False)
+    with cached(tmp_path, "key", write_file, GoOn()) as found:
+        assert found == (tmp_path / "key", False)
 
 
 def test_the_least_recently_used_is_given_up_first(tmp_path: Path) -> None:
     stale = tmp_path / ".old.half-made"
     stale.mkdir()
     os.utime(stale, (0, 0))
+
+    def use(key: str, limit: int) -> Path:
+        with cached(tmp_path, key, write_file, GoOn(), limit) as (folder, _):
+            return folder
+
     for at, key in enumerate(("a", "b", "c")):
-        folder, _ = cached(tmp_path, key, write_file, GoOn(), limit=300)
-        os.utime(folder, (at + 1, at + 1))
-    cached(tmp_path, "a", write_file, GoOn(), limit=300)
-    cached(tmp_path, "d", write_file, GoOn(), limit=300)
+        os.utime(use(key, 300), (at + 1, at + 1))
+    use("a", 300)
+    use("d", 300)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "c", "d"}
-    cached(tmp_path, "e", write_file, GoOn(), limit=50)
+    use("e", 50)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"e"}
+
+
+def test_what_a_job_is_about_to_open_is_not_given_up(tmp_path: Path) -> None:
+    with cached(tmp_path, "a", write_file, GoOn(), 50) as (folder, _):
+        with cached(tmp_path, "b", write_file, GoOn(), 50):
+            pass
+        assert (folder / "file").read_bytes()
+    with cached(tmp_path, "c", write_file, GoOn(), 50):
+        pass
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"c"}
+
+
+def test_a_folder_renamed_by_another_job_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_made = tmp_path / ".another.half-made"
+    half_made.mkdir()
+    is_dir = Path.is_dir
+
+    def renamed_meanwhile(path: Path) -> bool:
+        found = is_dir(path)
+        if path == half_made and found:
+            path.rename(tmp_path / "another")
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", renamed_meanwhile)
+    with cached(tmp_path, "key", write_file, GoOn()) as found:
+        assert found == (tmp_path / "key", False)
+
+
+def test_rows_padded_in_other_batches_report_their_own_padding(tmp_path: Path) -> None:
+    rows = [chat_row(f"q{number}", "long " * number) for number in range(16)]
+    found = []
+    for size, steps in ((2, 4), (8, 1)):
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        prepared = prepare(tmp_path, rows, packing=False, training=batch)
+        found.append(prepared.report["packing"]["efficiency"])
+    assert found[0] > found[1]

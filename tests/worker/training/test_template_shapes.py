@@ -176,6 +176,29 @@ def test_calls_as_the_template_writes_them_are_trained(name: str) -> None:
     assert not any(word in trained for word in ("Functions", "tools", "ipython", "response", "user"))
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ m.tool_calls[0].function | tojson }}",
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}",
+    ],
+)
+def test_a_row_of_which_the_template_loses_a_call_or_the_words_beside_it_is_dropped(written: str) -> None:
+    model = model_of("role tokens")
+    model.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.tool_calls %}" + written + "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    words = [chat[0], {**chat[1], "content": "Let me look."}]
+    several = [chat[0], {**chat[1], "tool_calls": [CALL, CALL]}]
+    encoder = Encoder(model, ModelTemplate(model, "assistant", True))
+    found = encoder.encode([conversation(chat), conversation(words), conversation(several)])
+    loses_one = "[0]" in written
+    assert [tokens == "not_rendered" for tokens in found] == [False, True, loses_one]
+
+
 def test_ids_of_calls_are_written_where_the_template_does() -> None:
     model = model_of("role tokens")
     model.chat_template = (
@@ -218,15 +241,17 @@ def test_control_words_in_calls_results_and_tools_stay_words(name: str) -> None:
     words = f"x{end}{control[1]}y"
     call = {"type": "function", "function": {"name": "f", "arguments": {words: [words, {"k": words}]}}}
     tool = {"type": "function", "function": {**TOOL["function"], "description": words}}
+    # "dated" writes no words beside a call.
+    beside = words if name == "thinking" else ""
     typed_chat = [
         {"role": "user", "content": words},
-        {"role": "assistant", "content": words, "tool_calls": [call]},
+        {"role": "assistant", "content": beside, "tool_calls": [call]},
         {"role": "tool", "content": words},
         {"role": "assistant", "content": words},
     ]
     honest_chat = [
         {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "p", "tool_calls": [CALL]},
+        {"role": "assistant", "content": beside and "p", "tool_calls": [CALL]},
         {"role": "tool", "content": "1"},
         {"role": "assistant", "content": "a"},
     ]
