@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 
 from api.context import Context
-from api.services.uploads import sweep as sweep_left
 from api.services.v1.uploads import sweep
+from shared.leftovers import leftovers
+from shared.settings import Settings
 
 EVERY_SECONDS = 60.0
 
@@ -32,9 +33,15 @@ async def housekeeping(context: Context) -> AsyncIterator[None]:
 async def _run(context: Context) -> None:
     while True:
         try:
-            await to_thread.run_sync(sweep_left, context.settings.root / "uploads")
+            await to_thread.run_sync(_remove_leftovers, context.settings)
             await to_thread.run_sync(sweep, context)
         except Exception:
             # The boundary of this task: what the database or the store refuse now, they may take in a minute.
             logger.exception("Could not tidy up")
         await asyncio.sleep(EVERY_SECONDS)
+
+
+def _remove_leftovers(settings: Settings) -> None:
+    for path in leftovers(settings.root / "uploads", settings.keep_unfinished_hours):
+        logger.info("Removed what an upload left: %s", path.name)
+        path.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     keep_artifact_jobs: Annotated[int, Field(ge=1)] | None = None
     keep_log_days: Annotated[float, Field(ge=0)] | None = None
     keep_log_entries: Annotated[int, Field(ge=1)] | None = None
+    keep_unfinished_hours: Annotated[float, Field(ge=1)] = 24
 
     standby: Annotated[str, Field(pattern=STANDBY)] = "auto"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from shared.clock import utcnow
 from shared.database import Database
 from shared.ids import JOB_ID
+from shared.leftovers import leftovers
 from shared.lifecycle import TERMINAL
 from shared.repository import jobs, logs, retention
 from shared.settings import Settings
@@ -71,6 +72,7 @@ def collect(
         *_collect_checkpoints(database, settings, dry_run=dry_run),
         *_collect_models(database, store, settings, dry_run=dry_run),
         *_cut_logs(database, settings, dry_run=dry_run),
+        *_collect_leftovers(settings, dry_run=dry_run),
         *_collect_strays(database, store, dry_run=dry_run, force=force),
     ]
 
@@ -185,6 +187,14 @@ def _cut_logs(database: Database, settings: Settings, *, dry_run: bool) -> Itera
                 if not retention.cut_log(session, job_id, keep, why):
                     continue
         yield Removed("log entries", job_id, why, 0)
+
+
+def _collect_leftovers(settings: Settings, *, dry_run: bool) -> Iterator[Removed]:
+    for path in leftovers(settings.root / "uploads", settings.keep_unfinished_hours):
+        size = path.stat().st_size
+        if not dry_run:
+            path.unlink(missing_ok=True)
+        yield Removed("unfinished uploads", None, path.name, size)
 
 
 def _collect_strays(database: Database, store: Store, *, dry_run: bool, force: bool) -> Iterator[Removed]:

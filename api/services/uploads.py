@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ MAX_PARTS = 16
 MAX_FILENAME = 255
 # What boundaries and the other fields may take beyond the file itself.
 ENVELOPE_BYTES = 1 << 20
-STALE_SECONDS = 86_400
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -79,13 +77,6 @@ async def receive(
                 batch.clear()
         await to_thread.run_sync(form.finish, bytes(batch))
         return form.result(path)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what uploads left behind that a kill interrupted, a day ago or longer."""
-    for path in folder.glob("*"):
-        if path.is_file() and path.stat().st_mtime < time.time() - STALE_SECONDS:
-            path.unlink(missing_ok=True)
 
 
 def display_name(name: str) -> str:

@@ -78,10 +78,11 @@ def renew(session: Session, job_id: str, token: str, expires_at: datetime) -> Jo
 
 
 def expired_leases(session: Session, now: datetime) -> list[Job]:
-    """Jobs whose worker has not been heard of in time, locked."""
+    """Jobs whose worker has not been heard of in time, locked; by owner, for ending them locks owners too."""
     statement = (
         select(Job)
         .where(col(Job.status).in_(LEASED), col(Job.lease_expires_at) < now)
+        .order_by(col(Job.owner))
         .with_for_update(skip_locked=True)
     )
     return list(session.exec(statement))

@@ -208,6 +208,19 @@ def put(store: Store, tmp_path: Path, key: str) -> str:
     return key
 
 
+def test_what_a_killed_upload_left_goes_after_some_hours(
+    database: Database, settings: Settings, store: Store
+) -> None:
+    folder = settings.root / "uploads"
+    folder.mkdir()
+    for name, hours in (("old", 30), ("young", 2)):
+        (folder / name).write_bytes(b"u" * 9)
+        os.utime(folder / name, (time.time() - hours * 3600,) * 2)
+    (removed,) = run(database, store, settings, keep_unfinished_hours=24)
+    assert (removed.what, removed.why, removed.bytes) == ("unfinished uploads", "old", 9)
+    assert [path.name for path in folder.iterdir()] == ["young"]
+
+
 def test_files_without_a_row_go_after_a_day(
     database: Database, settings: Settings, store: Store, tmp_path: Path
 ) -> None:

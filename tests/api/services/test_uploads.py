@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
-
 import pytest
 
-from api.services.uploads import STALE_SECONDS, display_name, sweep
+from api.services.uploads import display_name
 
 
 @pytest.mark.parametrize(
@@ -25,14 +21,3 @@ from api.services.uploads import STALE_SECONDS, display_name, sweep
 )
 def test_a_name_is_only_ever_shown(given: str, shown: str) -> None:
     assert display_name(given) == shown
-
-
-def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    for path in (old, new):
-        path.write_bytes(b"x")
-    long_ago = time.time() - STALE_SECONDS - 60
-    os.utime(old, (long_ago, long_ago))
-    sweep(tmp_path)
-    sweep(tmp_path / "absent")
-    assert list(tmp_path.iterdir()) == [new]
