@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.context import Context
+from api.courier import courier
 from api.dependencies import authenticate, limit_rate, refuse_unknown_query
 from api.housekeeping import housekeeping
 from api.limits import RateLimiter
@@ -22,7 +23,7 @@ from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
 from api.queue_view import QueueView
 from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
-from api.routes.v1 import completions, fine_tuning
+from api.routes.v1 import completions, fine_tuning, webhooks
 from api.routes.v1 import files as v1_files
 from api.routes.v1 import models as v1_models
 from api.routes.v1 import uploads as v1_uploads
@@ -37,7 +38,8 @@ from shared.spec import JobSpec
 from shared.storage import Store
 
 V1_ROUTERS = (
-    fine_tuning.router, v1_files.router, v1_uploads.router, v1_models.router, completions.router
+    fine_tuning.router, v1_files.router, v1_uploads.router, v1_models.router, completions.router,
+    webhooks.router,
 )  # fmt: skip
 BODIES = (JobSpec, ChatRequest, CompletionRequest)
 SCHEMA_REF = "#/components/schemas/{model}"
@@ -122,7 +124,7 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
         context = Context(
             settings, database, store, doorbell, hub, inspector, metrics, HubConfigs(), limiter, view
         )
-        async with housekeeping(context):
+        async with housekeeping(context), courier(database, settings):
             yield context
     finally:
         await inspector.stop()

@@ -17,7 +17,7 @@ from api.queue_view import QueueView
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.hub import HubConfigs
-from shared.ids import DATASET_ID, JOB_ID, UPLOAD_ID
+from shared.ids import DATASET_ID, JOB_ID, UPLOAD_ID, WEBHOOK_ID
 from shared.queue import Doorbell
 from shared.repository.jobs import Page
 from shared.repository.keys import find_key
@@ -127,10 +127,17 @@ async def _upload_id(upload_id: Annotated[str, Path(description="`upload_…`")]
     return upload_id
 
 
+async def _webhook_id(webhook_id: Annotated[str, Path(description="`we_…`")]) -> str:
+    if not WEBHOOK_ID.fullmatch(webhook_id):
+        raise NotFound("No such webhook.", param="id", code="webhook_not_found")
+    return webhook_id
+
+
 JobId = Annotated[str, Depends(_job_id)]
 DatasetId = Annotated[str, Depends(_dataset_id)]
 FileId = Annotated[str, Depends(_file_id)]
 UploadId = Annotated[str, Depends(_upload_id)]
+WebhookId = Annotated[str, Depends(_webhook_id)]
 
 IdempotencyKey = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from shared.repository.uploads import upload_status
-from shared.tables import DatasetRow, UploadPartRow, UploadRow
+from shared.tables import DatasetRow, UploadPartRow, UploadRow, Webhook
 
 Item = TypeVar("Item", bound="Identified")
 
@@ -190,6 +190,64 @@ class CheckpointV1(Identified):
     fine_tuning_job_id: str
     metrics: CheckpointMetricsV1
     step_number: int
+
+
+class WebhookV1(Identified):
+    """Where events go. `last_error` says why the latest delivery failed, if it did."""
+
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    created_at: int
+    event_types: list[str]
+    name: str
+    signing_secret_hint: str
+    updated_at: int
+    url: str
+    last_error: str | None
+
+    @classmethod
+    def of(cls, row: Webhook) -> WebhookV1:
+        return cls(**_webhook_fields(row))
+
+
+class WebhookWithSecretV1(WebhookV1):
+    """The same with its secret, which is shown when it is made and no more."""
+
+    signing_secret: str
+
+    @classmethod
+    def of(cls, row: Webhook) -> WebhookWithSecretV1:
+        return cls(signing_secret=row.secret, **_webhook_fields(row))
+
+
+class WebhookDeletedV1(Identified):
+    object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
+    deleted: bool = True
+
+
+class WebhookTestV1(BaseModel):
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    event_type: str
+    status_code: int
+    success: Literal[True] = True
+    webhook_endpoint_id: str
+
+
+class EventTypesV1(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[str]
+
+
+def _webhook_fields(row: Webhook) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "created_at": seconds(row.created_at),
+        "event_types": row.event_types,
+        "name": row.name,
+        "signing_secret_hint": f"{row.secret[:10]}…",
+        "updated_at": seconds(row.updated_at),
+        "url": row.url,
+        "last_error": row.last_error,
+    }
 
 
 def seconds(moment: datetime) -> int:

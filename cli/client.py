@@ -200,6 +200,20 @@ class Client:
             except httpx.TransportError as error:
                 raise ConnectionFailed(f"The answer broke off: {error}") from error
 
+    def create_webhook(self, name: str, url: str, event_types: list[str]) -> Json:
+        body = {"name": name, "url": url, "event_types": event_types}
+        return self._json("POST", "/v1/webhook_endpoints", json=body)
+
+    def webhooks(self, **filters: Any) -> Json:
+        return self._json("GET", "/v1/webhook_endpoints", params=filters)
+
+    def test_webhook(self, webhook_id: str, event_type: str) -> Json:
+        path = f"/v1/webhook_endpoints/{quote(webhook_id, safe='')}/test"
+        return self._json("POST", path, json={"event_type": event_type})
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        self._send("DELETE", f"/v1/webhook_endpoints/{quote(webhook_id, safe='')}")
+
     def models(self) -> list[Json]:
         rows: list[Json] = self._json("GET", "/models")["data"]
         return rows

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from cli import chat, datasets, demo, exports, gc, jobs, keys, serve
+from cli import chat, datasets, demo, exports, gc, jobs, keys, serve, webhooks
 from cli.client import ApiError, ConnectionFailed
 from shared.errors import TuneyardError
 
@@ -46,6 +46,7 @@ for command in COMMANDS:
     app.command()(command)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(keys.app, name="keys")
+app.add_typer(webhooks.app, name="webhooks")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import secrets
@@ -10,6 +11,7 @@ ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 JOB_ID = re.compile(r"ftjob-[0-9a-z]{24}")
 DATASET_ID = re.compile(r"file-[0-9a-z]{24}")
 UPLOAD_ID = re.compile(r"upload_[0-9a-z]{24}")
+WEBHOOK_ID = re.compile(r"we_[0-9a-z]{24}")
 KEY_PREFIX = "ty-"
 
 
@@ -31,6 +33,19 @@ def new_upload_id() -> str:
 
 def new_part_id() -> str:
     return "part_" + _random(24)
+
+
+def new_webhook_id() -> str:
+    return "we_" + _random(24)
+
+
+def new_event_id() -> str:
+    return "evt_" + _random(24)
+
+
+def new_webhook_secret() -> str:
+    """As Standard Webhooks write it: 32 random bytes in base64."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def new_token() -> str:

@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     max_upload_bytes: Annotated[int, Field(ge=1)] = 10 << 30
     inline_inspect_bytes: Annotated[int, Field(ge=0)] = 4 << 20
 
+    webhook_allow: str = "*"
+    webhook_private: bool = False
+    webhook_retry_seconds: Annotated[float, Field(gt=0)] = 5
+
     data_cache_bytes: Annotated[int, Field(ge=0)] = 50 << 30
     compile_cache_bytes: Annotated[int, Field(ge=0)] = 10 << 30
 

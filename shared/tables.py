@@ -126,6 +126,8 @@ class Job(SQLModel, table=True):
     # Seconds that ended attempts ran for, and when the one that runs now began.
     run_seconds: float = 0
     attempt_started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    # Whether its owner's webhooks have been given the news of its end.
+    announced: bool = Field(default=False, index=True)
 
 
 class LogEntry(SQLModel, table=True):
@@ -274,6 +276,44 @@ class IdempotencyKey(SQLModel, table=True):
     body_hash: str
     job_id: str = _job_key()
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
+
+
+class Webhook(SQLModel, table=True):
+    """Where an owner's events go. The secret signs them, so it can't be kept as a hash.
+
+    `old_secret` signs too until `old_secret_until`; `last_error` is of the latest delivery, if it failed.
+    """
+
+    __tablename__ = "webhook"
+
+    id: str = Field(primary_key=True)
+    owner: str = Field(index=True)
+    name: str
+    url: str
+    event_types: list[str] = Field(sa_type=JSON)
+    secret: str
+    old_secret: str | None = None
+    old_secret_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    last_error: str | None = None
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    updated_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class Delivery(SQLModel, table=True):
+    """An event that a webhook has not taken yet; `due_at` is when it is tried (again)."""
+
+    __tablename__ = "delivery"
+    __table_args__ = (Index("ix_delivery_webhook_due", "webhook_id", "due_at"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    webhook_id: str = Field(
+        sa_column=Column(String, ForeignKey("webhook.id", ondelete="CASCADE"), nullable=False)
+    )
+    event_id: str
+    body: str
+    attempts: int = 0
+    created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+    due_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
 
 
 class WorkerRow(SQLModel, table=True):

@@ -16,7 +16,7 @@ from shared.errors import InvalidRequest, NotFound, StateConflict
 from shared.events import Entry
 from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
 from shared.repository import exports, logs, owners
-from shared.tables import ArtifactRow, DatasetRow, IdempotencyKey, Job
+from shared.tables import ArtifactRow, DatasetRow, IdempotencyKey, Job, Webhook
 
 IDEMPOTENCY_HOURS = 24
 
@@ -24,7 +24,7 @@ IDEMPOTENCY_HOURS = 24
 # The order of claims.
 PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 
-Row = TypeVar("Row", Job, DatasetRow)
+Row = TypeVar("Row", Job, DatasetRow, Webhook)
 
 
 @dataclass(frozen=True)

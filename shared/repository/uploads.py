@@ -48,13 +48,14 @@ def upload_status(row: UploadRow) -> str:
     return PENDING if row.expires_at > utcnow() else "expired"
 
 
-def count_open(session: Session, owner: str) -> int:
-    statement = select(func.count()).where(
+def open_sizes(session: Session, owner: str) -> list[int]:
+    """Bytes that each open upload of this owner is to have."""
+    statement = select(UploadRow.bytes).where(
         UploadRow.owner == owner,
         col(UploadRow.status).in_((PENDING, COMPLETING)),
         col(UploadRow.expires_at) > utcnow(),
     )
-    return session.exec(statement).one()
+    return list(session.exec(statement))
 
 
 def room_left(session: Session, upload: UploadRow) -> int:

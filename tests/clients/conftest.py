@@ -23,6 +23,14 @@ MODEL = "bundled/smollm2-135m-instruct"
 ROW = b'{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello %d"}]}\n'
 ROWS = b"".join(ROW % n for n in range(20))
 
+FAKE = "tests.worker.fake_child"
+# Webhooks may come back to this machine, and soon.
+SERVED = {
+    "HF_HUB_OFFLINE": "1",
+    "TUNEYARD_WEBHOOK_PRIVATE": "true",
+    "TUNEYARD_WEBHOOK_RETRY_SECONDS": "0.05",
+}
+
 
 @dataclass(frozen=True)
 class Box:
@@ -43,7 +51,7 @@ class Box:
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     empty_database()
     folder = tmp_path_factory.mktemp("box") / "data"
-    served = Served(folder, "--no-worker", HF_HUB_OFFLINE="1")
+    served = Served(folder, "--no-worker", **SERVED)
     url = served.ready()
     settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2, standby="off")
     database, doorbell = Database(settings.database()), Doorbell(settings.redis())
@@ -61,9 +69,6 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     served.process.wait(20)
     if served.process.stdout is not None:
         served.process.stdout.close()
-
-
-FAKE = "tests.worker.fake_child"
 
 
 @pytest.fixture

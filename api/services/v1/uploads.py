@@ -63,7 +63,7 @@ def create(context: Context, caller: Caller, wanted: CreateUpload) -> UploadV1:
     Raises:
         InvalidRequest: no such purpose.
         TooLarge: the file would be over the limit.
-        QuotaExceeded: the owner has as many open uploads as one may have.
+        QuotaExceeded: the owner has as many open uploads as one may have, or no storage left for this one.
     """
     limit = context.settings.max_upload_bytes
     if wanted.bytes > limit:
@@ -81,10 +81,14 @@ def create(context: Context, caller: Caller, wanted: CreateUpload) -> UploadV1:
     )
     with context.database.write() as session:
         owners.lock_owner(session, caller.name)
-        if uploads.count_open(session, caller.name) >= MAX_OPEN:
+        sizes = uploads.open_sizes(session, caller.name)
+        if len(sizes) >= MAX_OPEN:
             raise QuotaExceeded(
                 f"You have {MAX_OPEN} open uploads, which is the limit for one owner: complete or cancel one."
             )
+        # Parts lie in the store too, and all of them may become files.
+        quotas = owners.quotas(session, context.settings, caller.name)
+        quotas["stored_bytes"].check(sum(sizes) + row.bytes)
         session.add(row)
     return UploadV1.of(row)
 

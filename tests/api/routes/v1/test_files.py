@@ -13,6 +13,7 @@ from api.services.v1 import uploads
 from shared.clock import utcnow
 from shared.tables import DatasetRow, UploadRow
 from tests.api.conftest import GOOD_ROW, SPEC, Api, error_of
+from tests.api.routes.test_queue import use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -205,3 +206,13 @@ async def test_an_upload_whose_time_is_over_goes_with_its_parts(api: Api) -> Non
     uploads.sweep(api.context)
     assert not kept.exists()
     error_of(await api.ann.post(f"/v1/uploads/{upload_id}/cancel"), 404)
+
+
+async def test_open_uploads_count_as_stored(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_settings(api, monkeypatch, max_stored_bytes=25)
+    await begin(api, 10)
+    second = await begin(api, 10)
+    body = {"bytes": 10, "filename": "r", "mime_type": "", "purpose": "batch"}
+    assert error_of(await api.ann.post("/v1/uploads", json=body), 429)["param"] == "quotas.stored_bytes"
+    await api.ann.post(f"/v1/uploads/{second}/cancel")
+    assert (await api.ann.post("/v1/uploads", json=body)).status_code == 200
