@@ -68,8 +68,20 @@ def lock_owner(session: Session, owner: str) -> None:
     Quotas and idempotency keys are counted first and written then. SQLite's write transaction is alone
     anyway. Rows of jobs and files are locked before their owner, never after.
     """
+    _lock(session, owner)
+
+
+def lock_line(session: Session, owner: str) -> None:
+    """Let no other transaction move this owner's jobs: two that lock many rows would wait for each other.
+
+    Taken before the rows of the jobs, so it is none of the lock above.
+    """
+    _lock(session, f"line of {owner}")
+
+
+def _lock(session: Session, name: str) -> None:
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
 
 def lock_row(session: Session, owner: str) -> OwnerRow:

@@ -109,6 +109,7 @@ def move(session: Session, job_id: str, owner: str | None, to: Place) -> Job:
         StateConflict: the job is not queued.
     """
     job = get_job(session, job_id, owner)
+    owners.lock_line(session, job.owner)
     statement = select(Job.id, Job.place).where(
         Job.status == JobStatus.QUEUED, Job.priority == job.priority, Job.owner == job.owner
     )
