@@ -24,7 +24,7 @@ from shared.tables import WorkerRow
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILES = (ROOT / "Dockerfile", ROOT / "Dockerfile.gpu")
-SERVICES = ("redis", "api", "worker")
+SERVICES = ("redis", "api", "worker", "inference")
 HEREDOC = re.compile(r"<<'?(\w+)'?")
 VARIABLE = re.compile(r"\$\{([A-Z_]+)(:[-?][^}]*)?\}")
 # What a service, its parts and the file itself may have; a wrong word is ignored by no engine, but late.
@@ -117,6 +117,11 @@ def test_the_api_and_the_worker_share_one_volume_and_one_uid(compose: dict[str, 
     api, worker = compose["services"]["api"], compose["services"]["worker"]
     assert api["user"] == worker["user"]
     assert api["volumes"] == worker["volumes"] == ["data:/data"]
+    # A socket in the volume is all that joins these two.
+    inference = compose["services"]["inference"]
+    assert (inference["user"], inference["volumes"]) == (api["user"], api["volumes"])
+    path = Settings(data_dir=Path(api["environment"]["TUNEYARD_DATA_DIR"])).inference_socket()
+    assert f"connect('{path}')" in inference["healthcheck"]["test"][-1]
     for path in DOCKERFILES:
         assert of(path, "USER") == [api["user"]]
         uid = api["user"].split(":")[0]

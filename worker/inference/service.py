@@ -79,7 +79,10 @@ class Service:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection: a request, its events, and an eye on whether the client is still there."""
         try:
-            asked = Generation.from_line(await reader.readline())
+            line = await reader.readline()
+            if not line:
+                return  # a health check
+            asked = Generation.from_line(line)
             answer = asyncio.create_task(self._answer(asked, writer))
             gone = asyncio.create_task(reader.read())
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -24,6 +24,8 @@ FORMATS = ("gguf:q4_k_m", "gguf:q5_k_m", "gguf:q8_0", "gguf:f16")
 MAX_LINE = 1 << 20
 # When to ask a busy server again.
 RETRY_SECONDS = 2
+# The inference process bounds an answer's time itself.
+SLACK_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,12 @@ def _no_gguf(job: Job, step: int | None) -> InvalidRequest:
 class Answering:
     """An answer under way. Whoever has it closes it, which gives the rest up."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, param: str) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, param: str, patience: float
+    ) -> None:
+        """`patience`: seconds after which an event that does not come will not come."""
         self._reader = reader
+        self._patience = patience
         self._writer = writer
         self._param = param
 
@@ -111,7 +117,7 @@ class Answering:
                 "with `tuneyard serve`, or `tuneyard inference` beside the API.",
                 code="inference_unavailable",
             ) from None
-        answering = cls(reader, writer, param)
+        answering = cls(reader, writer, param, asked.seconds + SLACK_SECONDS)
         try:
             writer.write(asked.to_line())
             await writer.drain()
@@ -131,8 +137,9 @@ class Answering:
             TuneyardError: why there is none.
         """
         try:
-            line = await self._reader.readline()
-        except ConnectionError:
+            async with asyncio.timeout(self._patience):
+                line = await self._reader.readline()
+        except (ConnectionError, TimeoutError):
             line = b""
         event = from_line(line) if line.endswith(b"\n") else Failed("away", "The inference process ended.")
         if isinstance(event, Failed):

@@ -221,9 +221,9 @@ def test_calls_come_back_as_tool_calls(
 
 def test_without_tools_on_offer_a_call_is_text(box: Box, model: str) -> None:
     messages = [*tides("Oslo", "Rome"), {"role": "user", "content": "Tide in Cork?"}]
-    answer = chat(box, model, messages=messages, max_tokens=60, tools=[TIDE], tool_choice="none").json()
+    answer = chat(box, model, messages=messages, max_tokens=12, tools=[TIDE], tool_choice="none").json()
     assert answer["choices"][0]["message"]["content"].startswith("<functioncall> {")
-    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_control_tokens_that_somebody_types_are_words(box: Box, model: str) -> None:
@@ -354,10 +354,8 @@ def test_the_command_line_talks(box: Box, model: str) -> None:
         )
 
     job = "ftjob-" + model.rsplit(":", 1)[1]
-    options = ("--temperature", "0", "--max-tokens", "8")
-    done = say(job, "-m", QUESTION[0]["content"], *options)
+    done = say(model, "--temperature", "0", "--max-tokens", "8", stdin=QUESTION[0]["content"])
     assert done.stdout.removesuffix(" […]\n") == chat(box, model).json()["choices"][0]["message"]["content"]
-    assert say(model, *options, stdin=QUESTION[0]["content"]).stdout == done.stdout
     refused = say(job, "--checkpoint", "7", "-m", "hi")
     assert refused.returncode == 1
     assert "There is no GGUF of the checkpoint of step 7" in refused.stderr

@@ -1,0 +1,62 @@
+"""Answers from a GPU, with the build of cyllama that knows CUDA (docs/operations.md says how to get it)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from cyllama.llama.llama_cpp import ggml_backend_load_all, llama_supports_gpu_offload
+
+from shared.database import Database
+from shared.inference import Done, Text
+from shared.settings import Settings
+from shared.storage import Store
+from tests.samples import bundled_gguf, make_job
+from tests.worker.inference.test_models import ask, processes
+from worker.inference.models import Models
+from worker.inference.placement import Placement
+
+ggml_backend_load_all()
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not llama_supports_gpu_offload(), reason="needs a GPU and a cyllama with CUDA"),
+]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def on_gpu() -> set[int]:
+    """Processes that have memory of a GPU."""
+    command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {int(line) for line in done.stdout.split()}
+
+
+async def test_a_gpu_answers_as_the_cpu_does_until_a_job_wants_it(
+    tmp_path: Path, settings: Settings, database: Database
+) -> None:
+    (settings.root / "artifacts").mkdir(exist_ok=True)
+    (settings.root / "artifacts" / "a").symlink_to(bundled_gguf())
+    idle = settings.model_copy(update={"inference_gpu": "idle"})
+    models = Models(idle, Store(idle.artifacts()), Placement(idle, database))
+    try:
+        first = await ask(models, "a", max_tokens=12)
+        (process,) = processes()
+        assert process.environ()["CUDA_VISIBLE_DEVICES"] != ""
+        assert on_gpu(), "nothing runs on the GPU"
+        make_job(database)
+        await models.sweep()
+        assert processes() == []
+        second = await ask(models, "a", max_tokens=12)
+        (process,) = processes()
+        assert process.environ()["CUDA_VISIBLE_DEVICES"] == ""
+        assert isinstance(first[-1], Done)
+        one, other = ([e.text for e in events if isinstance(e, Text)] for events in (first, second))
+        # Rounding may part them later on.
+        assert one[:3] == other[:3]
+    finally:
+        await models.close()
