@@ -90,7 +90,9 @@ def test_a_job_from_upload_to_six_exports(client: Client, tmp_path: Path) -> Non
     asked = {"model": job_id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     choices = [chunk["choices"][0] for chunk in client.chat(asked | {"temperature": 0, "stream": True})]
     said = "".join(choice["delta"].get("content") or "" for choice in choices)
-    assert said == generate(str(tmp_path / "results" / "model-q4_k_m.gguf"), "Hello", max_tokens=4).text
+    alone = generate(str(tmp_path / "results" / "model-q4_k_m.gguf"), "Hello", max_tokens=4).text
+    # But for half a character at the end.
+    assert said.rstrip("\ufffd") == alone.rstrip("\ufffd")
     assert choices[-1]["finish_reason"] in ("stop", "length")
 
 
