@@ -15,9 +15,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from api import errors
 from api.context import Context
 from api.courier import courier
-from api.dependencies import authenticate, limit_rate, refuse_unknown_query
+from api.dependencies import authenticate, count_open, limit_rate, refuse_unknown_query
 from api.housekeeping import housekeeping
-from api.limits import RateLimiter
+from api.limits import OpenRequests, RateLimiter
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
@@ -47,6 +47,9 @@ ROUTERS = (
     jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router, system.router
 )  # fmt: skip
 
+# In this order: whoever has no key is told that, and nothing of what else is wrong.
+CHECKS = (authenticate, count_open, refuse_unknown_query)
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The API for these settings. Its database, store and queue are opened when it starts."""
@@ -67,13 +70,10 @@ def create_app(settings: Settings) -> FastAPI:
         responses={"default": {"model": ErrorOut, "description": "Every error has this shape."}},
         generate_unique_id_function=lambda route: route.name,
     )
-    # In this order: whoever has no key is told that, and nothing of what else is wrong.
     for router in ROUTERS:
-        app.include_router(router, dependencies=[Depends(authenticate), Depends(refuse_unknown_query)])
+        app.include_router(router, dependencies=[Depends(check) for check in CHECKS])
     for router in V1_ROUTERS:
-        app.include_router(
-            router, dependencies=[Depends(authenticate), Depends(limit_rate), Depends(refuse_unknown_query)]
-        )
+        app.include_router(router, dependencies=[Depends(check) for check in (*CHECKS, limit_rate)])
     app.include_router(health.router, dependencies=[Depends(refuse_unknown_query)])
     # The last one added is the first that a request meets.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
@@ -119,10 +119,18 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     hub.start()
     await inspector.start()
     try:
-        limiter = RateLimiter(settings.rate_limit)
-        view = QueueView(database, settings)
         context = Context(
-            settings, database, store, doorbell, hub, inspector, metrics, HubConfigs(), limiter, view
+            settings=settings,
+            database=database,
+            store=store,
+            doorbell=doorbell,
+            hub=hub,
+            inspector=inspector,
+            metrics=metrics,
+            configs=HubConfigs(),
+            limiter=RateLimiter(settings.rate_limit),
+            open_requests=OpenRequests(settings.max_open_requests),
+            queue=QueueView(database, settings),
         )
         async with housekeeping(context), courier(database, settings):
             yield context

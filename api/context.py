@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from api.limits import RateLimiter
+from api.limits import OpenRequests, RateLimiter
 from api.metrics import Metrics
 from api.news import Hub
 from api.queue_view import QueueView
@@ -30,6 +30,7 @@ class Context:
     configs: HubConfigs
     limiter: RateLimiter
     queue: QueueView
+    open_requests: OpenRequests
 
 
 @dataclass(frozen=True)

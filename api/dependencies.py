@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -100,6 +101,16 @@ async def limit_rate(context: ContextDep, caller: CallerDep, request: Request) -
         RateLimited: nothing is left.
     """
     request.scope[HEADERS] = context.limiter.take(caller.key_id)
+
+
+async def count_open(context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
+    """Count the request as its owner's until its answer has been sent.
+
+    Raises:
+        QuotaExceeded: the owner has too many open.
+    """
+    with context.open_requests.one(caller.name):
+        yield
 
 
 # An id that can't be one is as absent as one that names nothing.

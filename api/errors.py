@@ -210,7 +210,7 @@ def _database_away(request: Request, error: Exception) -> Response:
 def _unexpected(request: Request, _error: Exception) -> Response:
     # Starlette raises the exception again after this answer, so that the server logs its traceback.
     request_id = request.scope.get("tuneyard.request_id", "unknown")
-    logger.error("Request %s failed: %s %s", request_id, request.method, request.url.path)
+    logger.error("Request %s failed: %s %r", request_id, request.method, request.url.path)
     error = TuneyardError(
         f"Something went wrong on the server. Its log tells more about request {request_id}."
     )

@@ -1,13 +1,15 @@
-"""How many requests a key may make under `/v1`, in this process."""
+"""How many requests an owner may have open, and a key may make under `/v1`, in this process."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from shared.errors import RateLimited
+from shared.errors import QuotaExceeded, RateLimited
 
 
 @dataclass
@@ -55,3 +57,32 @@ class RateLimiter:
                 headers | {"retry-after": str(wait)},
             )
         return headers
+
+
+@dataclass(frozen=True)
+class OpenRequests:
+    """How many requests of each owner this process has open: answers that are followed, bodies that come."""
+
+    limit: int
+    _open: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def one(self, owner: str) -> Iterator[None]:
+        """Count one of the owner's until the block ends. On the event loop alone.
+
+        Raises:
+            QuotaExceeded: the owner has as many as one may.
+        """
+        if self._open[owner] >= self.limit:
+            raise QuotaExceeded(
+                f"You have {self.limit} requests open, which is this server's limit for one owner. End some "
+                "of the streams, downloads or uploads first.",
+                code="too_many_requests",
+            )
+        self._open[owner] += 1
+        try:
+            yield
+        finally:
+            self._open[owner] -= 1
+            if not self._open[owner]:
+                del self._open[owner]

@@ -46,6 +46,7 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers.update(scope.get(HEADERS, {}))
+                headers["x-content-type-options"] = "nosniff"
                 # To the first byte: a stream that is followed for hours is no slow request.
                 seconds = time.perf_counter() - started
                 self._metrics.observe(scope, message["status"], seconds)

@@ -8,6 +8,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.context import Context
+from api.protocol import BoundedProtocol, raise_file_limit
+from shared.settings import Settings
 
 GRACE_SECONDS = 10
 
@@ -15,15 +17,19 @@ GRACE_SECONDS = 10
 class Server(uvicorn.Server):
     """Uvicorn, which ends the waits of followers and long polls before it waits for open requests."""
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        raise_file_limit()
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
+            host=settings.host,
+            port=settings.port,
+            http=BoundedProtocol,
             access_log=False,
             log_level="warning",
             server_header=False,
-            proxy_headers=False,
+            # X-Forwarded-For and -Proto count only from these peers; from nobody unless the operator says so.
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=settings.trusted_proxies,
             ws="none",
             timeout_graceful_shutdown=GRACE_SECONDS,
         )

@@ -37,7 +37,7 @@ class EventStream(Response):
             await _until_gone(receive, lambda: self._write(send))
         except* TimeoutError:
             # Without an end of the body, the server closes the connection.
-            logger.info("A client took nothing of %s for too long", scope["path"])
+            logger.info("A client took nothing of %r for too long", scope["path"])
 
     async def _write(self, send: Send) -> None:
         async def write(data: bytes) -> None:

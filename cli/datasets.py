@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cli.connect import connect
 from cli.inspect import inspect
-from cli.render import human_bytes, table
+from cli.render import human_bytes, table, visible
 
 app = typer.Typer(no_args_is_help=True, help="Upload, list, show, delete and inspect data files.")
 app.command()(inspect)
@@ -30,7 +30,7 @@ def upload(
         answer = client.upload(file, format_name)
     console.print(answer["id"], highlight=False)
     if answer["status"] == "error":
-        console.print(f"The file can't be used: {answer['error']}", style="red", markup=False)
+        console.print(f"The file can't be used: {visible(answer['error'])}", style="red", markup=False)
         raise typer.Exit(1)
 
 

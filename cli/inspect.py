@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
+from cli.render import visible
 from shared.data.chatml import Span, TrainOn, render
 from shared.data.conversation import REASONS, Conversation, Dropped
 from shared.data.inspect import first_usable, inspect_file, row_at
@@ -31,8 +31,6 @@ NEEDED = ("torch", "transformers", "datasets")
 NOTHING = "file-" + "0" * 24
 BAR = 40
 TRAINED, NOT_TRAINED = "green", "dim"
-# A file's text must not move the cursor or colour the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 console = Console()
 
@@ -134,11 +132,7 @@ def _with_model(file: Path, model: str, job: Json, row: int | None) -> Json:
 
 
 def _say(text: str, style: str | None = None) -> None:
-    console.print(_visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _visible(text: str) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_rows(file: Path, report: Json) -> None:
@@ -191,7 +185,7 @@ def _show_conversation(line: int, dropped: str | None, spans: Iterable[Span], ho
     key = f"[{TRAINED}]trained[/], [{NOT_TRAINED}]not trained[/]" if coloured else "‹trained›, not trained"
     text = Text()
     for trained, group in groupby(spans, key=lambda span: span.trained):
-        piece = _visible("".join(span.text for span in group))
+        piece = visible("".join(span.text for span in group))
         if piece:
             marked = piece if coloured or not trained else f"‹{piece}›"
             text.append(marked, style=TRAINED if trained else NOT_TRAINED)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cli import chat, datasets, demo, exports, gc, jobs, keys, serve, webhooks
 from cli.client import ApiError, ConnectionFailed
+from cli.render import visible
 from shared.errors import TuneyardError
 
 app = typer.Typer(
@@ -67,7 +68,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     Console(stderr=True).print(
-        f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True
+        f"Error: {visible(message)}", style="red", markup=False, highlight=False, soft_wrap=True
     )
     sys.exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 Json = dict[str, Any]
+# What others wrote must not move the cursor or colour the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LEVEL_STYLES = {"warning": "yellow", "error": "red", "debug": "dim"}
 
 
@@ -30,7 +33,12 @@ def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def log_line(entry: Json) -> str:
     """One entry as a line: time, then the metrics as the training script printed them, or the message."""
-    return f"{entry['time'][11:19]}  {entry['message']}"
+    return f"{entry['time'][11:19]}  {visible(entry['message'])}"
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out, which a terminal would obey."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def human_bytes(count: float | None) -> str:
@@ -96,4 +104,4 @@ class Follower:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else visible(str(value))

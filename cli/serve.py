@@ -68,7 +68,7 @@ def api(
     _log_to_stderr()
     settings = _settings(host=host, port=port)
     ensure_private_dir(settings.root)
-    server = Server(create_app(settings), settings.host, settings.port)
+    server = Server(create_app(settings), settings)
     if watch_stdin:
         _end_with_parent()
     server.run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)

@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     dataset_allow: str = "*"
     allowed_hosts: str = ""
     allowed_origins: str = ""
+    trusted_proxies: str = ""
 
     max_samples: Annotated[int, Field(ge=1)] = 1_000_000
     max_seq_length: Annotated[int, Field(ge=16)] = 131_072
@@ -45,6 +46,7 @@ class Settings(BaseSettings):
     max_gpu_hours: Annotated[float, Field(ge=0)] | None = None
     max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
     rate_limit: Annotated[int, Field(ge=0)] = 6000
+    max_open_requests: Annotated[int, Field(ge=1)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     max_upload_bytes: Annotated[int, Field(ge=1)] = 10 << 30
     inline_inspect_bytes: Annotated[int, Field(ge=0)] = 4 << 20

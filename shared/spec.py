@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MAX_NAME = 200
+MAX_METADATA = 16
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -179,7 +180,7 @@ class JobSpec(SpecModel):
     ] = ("adapter",)
     report_to: Annotated[tuple[Reporter, ...], Field(max_length=4), AfterValidator(_distinct)] = ()
     priority: Priority = "normal"
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = {}
 
     @field_validator("model_revision")
     @classmethod

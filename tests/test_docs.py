@@ -272,6 +272,17 @@ def test_statuses_of_the_error_table_are_the_classes() -> None:
         assert str(cls.status) in table[cls.code], cls
 
 
+def test_every_line_of_the_security_page_names_tests_that_there_are() -> None:
+    text = page("security.md")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "| threat |" not in line]
+    assert len(lines) > 30
+    for line in lines:
+        named = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\S+?\.py)\)", line)
+        assert named, line
+        for name, file in named:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (name, file)
+
+
 def test_decisions_have_their_three_parts() -> None:
     pages = sorted((DOCS / "decisions").glob("*.md"))
     assert [int(path.name[:4]) for path in pages] == list(range(1, len(pages) + 1))

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request
-from pydantic_core import to_json
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from api.dependencies import CallerDep, DatabaseDep, HubDep, JobId
 from api.schemas import CheckpointOut, ListOut, LogOut, MetricsOut
@@ -62,8 +61,8 @@ async def get_logs(
 @router.get("/metrics", response_model=MetricsOut)
 def get_metrics(database: DatabaseDep, caller: CallerDep, job_id: JobId) -> Response:
     """The job's metrics, one row a step, oldest first."""
-    rows = jobs.read_metrics(database, caller, job_id)
-    return Response(to_json({"data": rows}, inf_nan_mode="null"), media_type="application/json")
+    pieces = logs.read_metrics(database, caller, job_id)
+    return StreamingResponse(pieces, media_type="application/json")
 
 
 @router.get("/checkpoints")

@@ -87,7 +87,6 @@ def download(
         "accept-ranges": "bytes",
         "last-modified": row.created_at.strftime("%a, %d %b %Y %H:%M:%S GMT"),
         "cache-control": "private, no-cache",
-        "x-content-type-options": "nosniff",
     }
     if _matches(headers.get("if-none-match"), etag):
         return Download(304, answer, None)

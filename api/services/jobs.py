@@ -33,7 +33,7 @@ from shared.queue import Doorbell
 from shared.repository import exports, files, jobs, keys, logs, owners
 from shared.repository.jobs import Page
 from shared.settings import Settings
-from shared.spec import CONTROL_CHARACTERS, FileDataset, JobSpec
+from shared.spec import CONTROL_CHARACTERS, MAX_METADATA, FileDataset, JobSpec
 from shared.storage import Store
 from shared.tables import DatasetRow, Job
 
@@ -97,6 +97,10 @@ def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters
             if found is None:
                 raise InvalidRequest("Filter by metadata as in `metadata[team]=search`.", param="metadata")
             metadata[found.group(1)] = value
+    if len(metadata) > MAX_METADATA:
+        raise InvalidRequest(
+            f"Filter by at most {MAX_METADATA} keys of the metadata: a job has no more.", param="metadata"
+        )
     return Filters(status, query.get("model"), metadata)
 
 
@@ -275,17 +279,6 @@ def delete(database: Database, store: Store, caller: Caller, job_id: str) -> Non
     with database.write() as session:
         jobs.delete_job(session, job_id, caller.scope)
     store.delete_tree(f"jobs/{job_id}")
-
-
-def read_metrics(database: Database, caller: Caller, job_id: str) -> list[dict[str, object]]:
-    """One row a step, oldest first.
-
-    Raises:
-        NotFound: absent or somebody else's.
-    """
-    with database.read() as session:
-        logs.log_state(session, job_id, caller.scope)
-        return logs.read_metrics(session, job_id)
 
 
 def list_checkpoints(database: Database, caller: Caller, job_id: str) -> ListOut[CheckpointOut]:

@@ -1,9 +1,9 @@
-"""A job's log: pages, long polls and followers."""
+"""A job's log: pages, long polls and followers; and its metrics."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ KEEP_ALIVE_SECONDS = 15.0
 CHECK_SECONDS = 10.0
 # A client that takes nothing for so long is gone, or may come back with Last-Event-ID.
 SEND_SECONDS = 60.0
+METRICS_PAGE = 2000
 KEEP_ALIVE = b": keep-alive\n\n"
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -108,6 +109,31 @@ async def follow(hub: Hub, database: Database, caller: Caller, job_id: str, afte
                 return
             elif not await tail.changed(KEEP_ALIVE_SECONDS):
                 await send(write, KEEP_ALIVE)
+
+
+def read_metrics(database: Database, caller: Caller, job_id: str) -> Iterator[bytes]:
+    """`{"data": [one row a step, oldest first]}` in pieces: a long job has a million rows.
+
+    Raises:
+        NotFound: absent or somebody else's.
+    """
+    with database.read() as session:
+        logs.log_state(session, job_id, caller.scope)
+    return _metrics_json(database, job_id)
+
+
+def _metrics_json(database: Database, job_id: str) -> Iterator[bytes]:
+    yield b'{"data":['
+    after, begun = -1, b""
+    while True:
+        with database.read() as session:
+            rows = logs.read_metrics(session, job_id, after, METRICS_PAGE)
+        if rows:
+            yield begun + b",".join(to_json(row, inf_nan_mode="null") for row in rows)
+            after, begun = int(rows[-1]["step"]), b","
+        if len(rows) < METRICS_PAGE:
+            break
+    yield b"]}"
 
 
 def _is_allowed(database: Database, caller: Caller) -> bool:

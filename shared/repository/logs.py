@@ -121,10 +121,12 @@ def put_metrics(session: Session, job_id: str, rows: Sequence[dict[str, Any]]) -
     session.execute(statement, [{"job_id": job_id, "step": s, "values": row} for s, row in last.items()])
 
 
-def read_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
-    """One row a step, oldest first."""
-    statement = select(col(Metric.values)).where(Metric.job_id == job_id).order_by(col(Metric.step))
-    return [dict(values) for values in session.exec(statement)]
+def read_metrics(
+    session: Session, job_id: str, after: int = -1, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """One row a step, oldest first: those of steps > `after`, at most `limit`."""
+    statement = select(col(Metric.values)).where(Metric.job_id == job_id, col(Metric.step) > after)
+    return [dict(values) for values in session.exec(statement.order_by(col(Metric.step)).limit(limit))]
 
 
 def metrics_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, dict[str, Any]]:

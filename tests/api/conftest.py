@@ -168,7 +168,7 @@ class Live:
 def serve(settings: Settings, database: Database, key: str) -> Iterator[Live]:
     """Serve on a free port of the loopback until the block ends."""
     app = create_app(settings)
-    server = Server(app, "127.0.0.1", 0)
+    server = Server(app, settings)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     doorbell = Doorbell(settings.redis())

@@ -13,7 +13,11 @@ from shared.lifecycle import FailureCode
 from shared.spec import HubDataset
 
 BATCH_ROWS = 256
+# Readers of datasets that make rows of plain data. Its others unpack pickles, archives or media.
+READERS = frozenset({"json", "csv", "parquet", "arrow", "text"})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Absolute, up, an address, a chain of file systems, a home.
+_OUTSIDE = re.compile(r"//|(^|/)\.\.(/|$)|::|:/|(^|/)~")
 
 
 def hub_rows(dataset: HubDataset, revision: str) -> Iterator[Row]:
@@ -26,6 +30,7 @@ def hub_rows(dataset: HubDataset, revision: str) -> Iterator[Row]:
     from datasets.packaged_modules.cache.cache import Cache
     from httpx import HTTPError, TransportError
 
+    _keep_patterns_inside()
     try:
         # With the prefix no folder that happens to have that name is taken for it.
         builder = datasets.load_dataset_builder(
@@ -35,6 +40,8 @@ def hub_rows(dataset: HubDataset, revision: str) -> Iterator[Row]:
         kept = isinstance(builder, Cache)
         if builder.hash != revision or (kept and builder.config.name != (dataset.config or "default")):
             raise ConnectionError("only another revision or config is on this machine")
+        if not kept:
+            _check_files(builder, f"hf://datasets/{dataset.id}@{revision}/")
         builder.download_and_prepare()
         loaded = builder.as_dataset(split=dataset.split)
     except (ConnectionError, TransportError) as error:
@@ -91,6 +98,43 @@ def resolved_revision(dataset: HubDataset) -> str:
     except (HfHubHTTPError, HTTPError, OSError) as error:
         raise _unreachable(dataset, error) from error
     return str(found.sha)
+
+
+def _keep_patterns_inside() -> None:
+    """Let datasets resolve no pattern that leads out of the repository.
+
+    The card of a data set says which files it has, and datasets takes any path of this machine and any
+    address for one: other owners' uploads, this service's own files, the machine's network.
+    """
+    from datasets import data_files
+
+    resolve = data_files.resolve_pattern
+    if getattr(resolve, "inside", False):
+        return
+
+    def inside(pattern: str, base_path: str, *args: Any, **kwargs: Any) -> list[str]:
+        where = pattern if pattern.startswith("hf://") else f"{base_path}/{pattern}"
+        if not where.startswith(f"{base_path}/") or _OUTSIDE.search(where.removeprefix("hf://")):
+            raise ValueError(f"its card names a file that is not its own: {pattern[:200]}")
+        found: list[str] = resolve(pattern, base_path, *args, **kwargs)
+        return found
+
+    inside.inside = True  # type: ignore[attr-defined]
+    data_files.resolve_pattern = inside
+
+
+def _check_files(builder: Any, own: str) -> None:
+    """
+    Raises:
+        ValueError: rows would come from files of another place, or through a reader that is not allowed.
+    """
+    reader = type(builder).__module__.split(".")
+    if reader[:2] != ["datasets", "packaged_modules"] or reader[2] not in READERS:
+        raise ValueError(f"its files are of a kind that is not read here; {', '.join(sorted(READERS))} are")
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if not file.startswith(own) or "/../" in file:
+                raise ValueError(f"its card names a file that is not its own: {file[:200]}")
 
 
 def _numbered(loaded: Any) -> Iterator[Row]:

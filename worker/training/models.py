@@ -17,8 +17,10 @@ from worker.training.workdir import Workdir
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "README.md"]
 WEIGHT_FILES = ["*.safetensors"]
-# The same weights once more, in the layout of their first publisher.
-DUPLICATES = ["consolidated*", "original/*"]
+# The same weights once more, in the layout of their first publisher. And what would make transformers load
+# another model, whichever an adapter's config names, and this one on top of it.
+LEFT_THERE = ["consolidated*", "original/*", "adapter_*"]
+INDEX = "model.safetensors.index.json"
 HUB_TIMEOUT_SECONDS = 15.0
 
 
@@ -138,6 +140,7 @@ def _hub_model(spec: JobSpec) -> ResolvedModel:
         unavailable(f"{spec.model} has no safetensors weights on the hub.", "Choose a model that has them.")
     # By its name, so that the name is remembered for a time without network; the commit is the snapshot's.
     path = _download(spec.model, spec.model_revision, SMALL_FILES)
+    _check_index(spec.model, path)
     stated = info.card_data.get("license") if info.card_data else None
     return ResolvedModel(
         spec.model,
@@ -161,7 +164,7 @@ def _cached_model(spec: JobSpec, error: Exception) -> ResolvedModel:
                 revision=spec.model_revision,
                 # What else the repository holds was left there.
                 allow_patterns=[*SMALL_FILES, *WEIGHT_FILES],
-                ignore_patterns=DUPLICATES,
+                ignore_patterns=LEFT_THERE,
                 local_files_only=True,
             )
         )
@@ -169,6 +172,7 @@ def _cached_model(spec: JobSpec, error: Exception) -> ResolvedModel:
         _explain_hub(spec.model, error)
     if not _has_weights(path):
         _explain_hub(spec.model, error)
+    _check_index(spec.model, path)
     return ResolvedModel(
         spec.model, path, revision=path.name, license=_stated_license(path), config=_config(spec.model, path)
     )
@@ -177,12 +181,25 @@ def _cached_model(spec: JobSpec, error: Exception) -> ResolvedModel:
 def _has_weights(path: Path) -> bool:
     """Whether all safetensors are there: a download may have been broken off between two of them."""
     try:
-        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         return all((path / name).is_file() for name in index["weight_map"].values())
     except FileNotFoundError:
         return any(path.glob("*.safetensors"))
     except (ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def _check_index(model_id: str, path: Path) -> None:
+    """A model's weights are files of its own: an index may name any path of this machine."""
+    try:
+        files = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        inside = all(Path(file).name == file for file in files)
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, AttributeError, TypeError):
+        inside = False
+    if not inside:
+        unavailable(f"{INDEX} of {model_id} names no files of the model.", "Choose a complete model.")
 
 
 def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -197,7 +214,7 @@ def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
                 model_id,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=DUPLICATES,
+                ignore_patterns=LEFT_THERE,
                 etag_timeout=HUB_TIMEOUT_SECONDS,
             )
         )

@@ -65,7 +65,8 @@ class _Hub(BaseHTTPRequestHandler):
             # 401 without a token, 403 with one that has no access.
             status = 403 if name == "team/gated" else 401
             return self._send(status, b"", {"X-Error-Code": "GatedRepo"}, body)
-        commits = FILES if kind == "datasets" else self.server.models.get(name)  # type: ignore[attr-defined]
+        server: Any = self.server
+        commits = server.datasets.get(name, FILES) if kind == "datasets" else server.models.get(name)
         if commits is None:
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         if api:
@@ -119,15 +120,19 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(models: dict[str, Commits] | None = None) -> Iterator[tuple[str, list[str]]]:
+def hub(
+    models: dict[str, Commits] | None = None, datasets: dict[str, Commits] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """The server's address and the requests that it got.
 
     Args:
         models: files by name, by commit (`SHA`, `OLD_SHA`), by the model's id.
+        datasets: the same of data sets; those that are not in it have `FILES`.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.asked = []  # type: ignore[attr-defined]
     server.models = models or {}  # type: ignore[attr-defined]
+    server.datasets = datasets or {}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

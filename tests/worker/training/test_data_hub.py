@@ -124,3 +124,48 @@ def test_without_network_a_commit_that_was_loaded_serves_on(tmp_path: Path, offl
         # Never the rows of another revision.
         assert found[name]["code"] == "invalid_dataset"
         assert "could not be reached" in found[name]["message"]
+
+
+SECRET = "another owner's row"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Data sets whose card names files that are none of theirs, or whose files are no plain rows."""
+    folder = tmp_path_factory.mktemp("hostile")
+    other = folder / "file-of-another-owner.txt"
+    other.write_text(SECRET + "\n", encoding="utf-8")
+    with hub() as (elsewhere, elsewhere_asked):
+        cards = {
+            "evil/local": str(other),
+            "evil/up": f"../../../../../../../../../{other}",
+            "evil/address": f"{elsewhere}/datasets/team/chats/resolve/main/train.jsonl",
+            "evil/file-url": f"file://{other}",
+            "evil/other-set": "hf://datasets/team/chats/train.jsonl",
+        }
+        sets = {
+            name: {SHA: {"README.md": _card(path), "train.jsonl": b'{"text": "own"}\n'}}
+            for name, path in cards.items()
+        }
+        sets["evil/pickle"] = {SHA: {"train.pkl": b"cos\nsystem\n(S'touch owned'\ntR."}}
+        sets["evil/tar"] = {SHA: {"train.tar": b"\0" * 10240}}
+        with hub(datasets=sets) as (address, _):
+            found = ask_for({name: {"id": name} for name in sets}, address, folder)
+        return {**found, "owned": (folder / "owned").exists(), "elsewhere": list(elsewhere_asked)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["evil/local", "evil/up", "evil/address", "evil/file-url", "evil/other-set", "evil/pickle", "evil/tar"],
+)
+def test_a_data_set_of_the_hub_has_no_files_but_its_own(hostile: dict[str, Any], name: str) -> None:
+    assert hostile[name]["code"] == "invalid_dataset", hostile[name]
+    assert SECRET not in str(hostile)
+    assert not hostile["owned"]
+    assert not [line for line in hostile["elsewhere"] if line.startswith("GET")]
+
+
+def _card(path: str) -> bytes:
+    return (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {path!r}\n---\n"
+    ).encode()

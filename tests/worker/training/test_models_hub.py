@@ -25,7 +25,10 @@ WANTED: dict[str, dict[str, Any]] = {
     "missing": {"model": "nobody/nothing"},
     "gone": {"model": "nobody/gone"},
     "pickled": {"model": "team/pickled"},
+    "outside": {"model": "team/outside"},
+    "adapter": {"model": "team/adapter"},
 }
+OUTSIDE = b'{"weight_map": {"a": "/else/where.safetensors"}}'
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -74,6 +77,8 @@ def repositories(tiny_model: Path) -> dict[str, Commits]:
         "team/model": {SHA: whole, OLD_SHA: old},
         "team/split": {SHA: split},
         "team/asks": {SHA: whole},
+        "team/outside": {SHA: {**split, "model.safetensors.index.json": OUTSIDE}},
+        "team/adapter": {SHA: {**whole, "adapter_config.json": b"{}", "adapter_model.safetensors": weights}},
         "team/pickled": {SHA: {**files, "pytorch_model.bin": b"never"}},
     }
 
@@ -132,6 +137,7 @@ def test_files_are_asked_for_by_commit(answers: dict[str, Any]) -> None:
         ("missing", "There is no model nobody/nothing on the hub, or it is private", "HF_TOKEN"),
         ("gone", "There is no model nobody/gone on the hub", "Check the id"),
         ("pickled", "no safetensors weights", "Choose a model that has them"),
+        ("outside", "names no files of the model", "Choose a complete model"),
     ],
 )
 def test_what_is_not_there_is_said_clearly(
@@ -140,6 +146,11 @@ def test_what_is_not_there_is_said_clearly(
     assert answers[name]["code"] == "model_unavailable"
     assert message in answers[name]["message"]
     assert advice in answers[name]["advice"]
+
+
+def test_an_adapter_in_a_repository_names_no_other_model(answers: dict[str, Any]) -> None:
+    assert "model.safetensors" in answers["adapter"]["files"]
+    assert not [name for name in answers["adapter"]["files"] if name.startswith("adapter_")]
 
 
 @pytest.mark.parametrize("offline", [False, True])
