@@ -61,6 +61,8 @@ _DECODER = json.JSONDecoder()
 _RESPONSE_DECODER = json.JSONDecoder(strict=False)
 MAX_BROKEN_RESPONSES = 20
 MAX_JOINED = 8
+# After so many calls of one turn that can't be read, the others are tried by themselves only.
+MAX_UNREAD = 20
 _LEFTOVER = re.compile(r"^(?:USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
 
 
@@ -251,10 +253,11 @@ def calls_turn(text: str, notes: list[str], trained: bool | None = None) -> Turn
     """
     lead, *segments = text.split(MARKER)
     content, prose, calls = lead, lead, list[Call]()
-    at = 0
+    at = unread = 0
     while at < len(segments):
-        found, used = _read_segments(segments, at)
+        found, used = _read_segments(segments, at, MAX_JOINED if unread < MAX_UNREAD else 1)
         if found is None:
+            unread += 1
             notes.append("call_unparsable")
             content += MARKER + segments[at]
             prose += MARKER + segments[at]
@@ -269,7 +272,7 @@ def calls_turn(text: str, notes: list[str], trained: bool | None = None) -> Turn
     return Turn("assistant", content.strip(), trained, tuple(calls), prose.strip() if calls else "")
 
 
-def _read_segments(segments: list[str], at: int) -> tuple[tuple[Call, str, bool] | None, int]:
+def _read_segments(segments: list[str], at: int, most: int) -> tuple[tuple[Call, str, bool] | None, int]:
     """The call that begins here, and how many segments it takes: a text inside it may hold the marker."""
     body = segments[at].lstrip()
     if not body.startswith("{"):
@@ -277,7 +280,7 @@ def _read_segments(segments: list[str], at: int) -> tuple[tuple[Call, str, bool]
     found = read_call(body)
     if found is not None:
         return found, 1
-    for more in range(1, min(MAX_JOINED, len(segments) - at)):
+    for more in range(1, min(most, len(segments) - at)):
         body = f"{body}{MARKER}{segments[at + more]}"
         found = read_call(body)
         # Only what is certain: a mend that reaches over a marker could swallow the next call.

@@ -79,14 +79,15 @@ def parquet_rows(path: Path, max_row_bytes: int) -> Iterator[tuple[int, dict[str
         # With a buffer, a column's pages are read as they are needed.
         with path.open("rb") as raw, parquet.ParquetFile(path, buffer_size=CHUNK) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            pages = [largest_pages(raw, group) for group in groups]
-            for group, largest in enumerate(pages):
+            # A group without rows has no pages.
+            pages = {i: largest_pages(raw, group) for i, group in enumerate(groups) if group.num_rows}
+            for group, largest in pages.items():
                 if largest.both > MAX_PAGES_BYTES:
                     raise DatasetError(
                         f"The pages of row group {group + 1} of the Parquet file unpack to more than "
                         f"{MAX_PAGES_BYTES:,} bytes: write it with smaller pages or row groups."
                     )
-            for group, largest in enumerate(pages):
+            for group, largest in pages.items():
                 rows = min(BATCH_ROWS, max(1, MAX_BATCH // max(1, largest.unpacked)))
                 for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
                     _check_rows(batch, max_row_bytes, number)

@@ -30,6 +30,8 @@ from shared.data.messages import THINK, as_messages, as_tools
 # Characters for private use stand around a turn's number where its content will be.
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _MARKUP = re.compile(r"<+/?[^<>\s]{1,60}>+|\[/?[A-Z_]{1,40}\]")
+# Rendering up to each answer is quadratic work: so many messages in all take a second or two.
+MAX_RENDERED = 100_000
 _NOT_A_WORD = re.compile(r"[^\w\s]")
 
 
@@ -248,6 +250,8 @@ class ModelTemplate:
     ) -> list[Span] | None:
         # Contents and delimiters can't be told apart here, so nobody may have written an end of turn.
         if any(self._end in turn.content for turn in turns):
+            return None
+        if sum(turn.role == "assistant" for turn in turns) * len(turns) > MAX_RENDERED:
             return None
         weighed = [self._train_on == "all" and turn.trained is not False for turn in turns]
         spans: list[Span] = []

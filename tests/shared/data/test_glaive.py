@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.data import glaive
 from shared.data.chatml import render
 from shared.data.conversation import Call, Conversation, Dropped, Turn
 from shared.data.glaive import find_functions, parse_functions, parse_glaive
@@ -336,6 +337,23 @@ def test_an_answer_that_holds_a_dialogue_of_its_own_goes_on_to_its_end() -> None
     assert isinstance(found, Conversation)
     assert [turn.content for turn in found.turns] == ["Write one.", play, "Thanks", "Any time."]
     assert found.notes == ("header_in_text",)
+
+
+def test_a_turn_of_calls_that_cannot_be_read_takes_no_time_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def read_nothing(text: str) -> None:
+        tried.append(text)
+
+    monkeypatch.setattr(glaive, "read_call", read_nothing)
+    said = "<functioncall> {" * 1000
+    found = parse_glaive({"chat": f"USER: a\n\n\nASSISTANT: {said}"}, 1)
+    assert isinstance(found, Conversation)
+    assert found.turns[1].content == said
+    assert found.notes == ("call_unparsable",) * 1000
+    assert len(tried) < 1300
 
 
 @given(_turns, _prose, st.sampled_from(["\n\n", "\n\n\n"]), st.booleans())

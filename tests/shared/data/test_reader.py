@@ -324,3 +324,14 @@ def test_a_csv_of_one_column_and_one_that_begins_with_empty_lines(tmp_path: Path
     path.write_text("\u00a0\n", encoding="utf-8")
     with pytest.raises(DatasetError, match="neither JSON nor a CSV"):
         list(read_rows(path))
+
+
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    table = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(table, path)
+    assert list(read_rows(path)) == []
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for texts in ([], ["a"], [], ["b"]):
+            writer.write_table(pa.table({"text": pa.array(texts, pa.string())}))
+    assert list(read_rows(path)) == [(1, {"text": "a"}), (2, {"text": "b"})]

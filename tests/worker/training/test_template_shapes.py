@@ -199,6 +199,26 @@ def test_a_row_of_which_the_template_loses_a_call_or_the_words_beside_it_is_drop
     assert [tokens == "not_rendered" for tokens in found] == [False, True, loses_one]
 
 
+def test_a_conversation_of_many_turns_is_rendered_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = CALLS * 200
+    model = model_of("dated")
+    template = ModelTemplate(model, "assistant", True)
+    whole = model.apply_chat_template(chat, tools=[TOOL], tokenize=False)
+    rendered: list[int] = []
+    apply = ModelTemplate._apply
+
+    def counted(self: ModelTemplate, messages: list[dict[str, Any]], *more: Any, **named: Any) -> str | None:
+        rendered.append(len(messages))
+        return apply(self, messages, *more, **named)
+
+    monkeypatch.setattr(ModelTemplate, "_apply", counted)
+    spans = template.spans(conversation(chat, tools=[TOOL]))
+    assert spans is not None
+    assert "".join(span.text for span in spans) == whole
+    assert sum(span.trained for span in spans) == 400
+    assert len(rendered) < 5
+
+
 def test_ids_of_calls_are_written_where_the_template_does() -> None:
     model = model_of("role tokens")
     model.chat_template = (
