@@ -6,15 +6,13 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api.dependencies import BodyDep, CallerDep, DatabaseDep, SettingsDep
 from api.schemas_chat import ChatRequest, CompletionRequest, Sampling
 from api.services.v1 import completions
-from api.services.v1.completions import Reply
-from api.services.v1.inference import Servable, find_servable
+from api.services.v1.completions import Question, Reply
 from api.streams import EventStream, unless_gone
-from shared.inference import Generation
 from shared.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["OpenAI: answers"])
@@ -31,10 +29,8 @@ async def create_chat_completion(
     settings: SettingsDep, database: DatabaseDep, caller: CallerDep, request: Request, body: BodyDep
 ) -> Response:
     """Let a fine-tuned model answer a conversation; as server-sent events with `"stream": true`."""
-    asked = completions.parse_chat(body)
-    model = await to_thread.run_sync(find_servable, database, caller, asked.model)
-    generation = completions.chat_generation(settings, caller, model, asked)
-    return await _answer(settings, request, generation, model, asked)
+    question = await to_thread.run_sync(completions.read_chat, settings, database, caller, body)
+    return await _answer(settings, request, question)
 
 
 @router.post("/completions", openapi_extra=_body_of(CompletionRequest))
@@ -42,17 +38,13 @@ async def create_completion(
     settings: SettingsDep, database: DatabaseDep, caller: CallerDep, request: Request, body: BodyDep
 ) -> Response:
     """Let a fine-tuned model go on with a text, without its chat template."""
-    asked = completions.parse_completion(body)
-    model = await to_thread.run_sync(find_servable, database, caller, asked.model)
-    generation = completions.text_generation(settings, caller, model, asked)
-    return await _answer(settings, request, generation, model, asked)
+    question = await to_thread.run_sync(completions.read_completion, settings, database, caller, body)
+    return await _answer(settings, request, question)
 
 
-async def _answer(
-    settings: Settings, request: Request, generation: Generation, model: Servable, asked: Sampling
-) -> Response:
-    begun = Reply.begin(settings, generation, model, asked)
-    if asked.stream:
+async def _answer(settings: Settings, request: Request, question: Question) -> Response:
+    begun = Reply.begin(settings, question)
+    if question.request.stream:
         reply = await unless_gone(request.receive, begun)
         return EventStream(reply.stream) if reply else Response()
 
@@ -60,4 +52,4 @@ async def _answer(
         return await (await begun).whole()
 
     answer = await unless_gone(request.receive, whole())
-    return JSONResponse(answer) if answer else Response()
+    return Response(completions.to_json(answer) if answer else b"", media_type="application/json")

@@ -16,10 +16,11 @@ from api.context import Caller
 from api.errors import invalid_spec
 from api.schemas_chat import ChatRequest, CompletionRequest, Sampling
 from api.services.logs import Write, send
-from api.services.v1.inference import Answering, Servable
+from api.services.v1.inference import Answering, Servable, find_servable
 from shared.data.conversation import INVALID_TEXT, REASONS, Call, Dropped
 from shared.data.messages import as_messages, as_tools, parse_messages
 from shared.data.written_calls import FUNCTIONCALL, CallReader
+from shared.database import Database
 from shared.errors import InvalidRequest, TuneyardError
 from shared.inference import Done, Generation, Started, Text
 from shared.settings import Settings
@@ -32,34 +33,27 @@ DONE = b"data: [DONE]\n\n"
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """
+@dataclass(frozen=True)
+class Question:
+    """A request that can be answered: what its client wrote, and what the model is asked."""
+
+    request: Sampling
+    model: str
+    generation: Generation
+
+
+def read_chat(settings: Settings, database: Database, caller: Caller, body: bytes) -> Question:
+    """The conversation, in the form in which the model was trained.
+
     Raises:
-        InvalidRequest: what is wrong with it.
+        NotFound: no such model, or somebody else's.
+        InvalidRequest: what is wrong with it, or what the model lacks.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise invalid_spec(error) from error
-
-
-def parse_completion(body: bytes) -> CompletionRequest:
-    """
-    Raises:
-        InvalidRequest: what is wrong with it.
-    """
-    try:
-        return CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_spec(error) from error
-
-
-def chat_generation(settings: Settings, caller: Caller, model: Servable, request: ChatRequest) -> Generation:
-    """What the model is asked: the conversation in the form in which it was trained.
-
-    Raises:
-        InvalidRequest: a message that training would have dropped.
-    """
+    model = find_servable(database, caller, request.model)
     tools = request.offered
     row = {
         "messages": [message.model_dump(exclude_none=True) for message in request.messages],
@@ -74,7 +68,7 @@ def chat_generation(settings: Settings, caller: Caller, model: Servable, request
         messages = as_messages(conversation.turns)
     else:
         messages = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
-    return _generation(
+    generation = _generation(
         settings,
         caller,
         model,
@@ -84,20 +78,26 @@ def chat_generation(settings: Settings, caller: Caller, model: Servable, request
         own_calls=model.own_calls,
         max_tokens=request.max_completion_tokens or request.max_tokens,
     )
+    return Question(request, model.name, generation)
 
 
-def text_generation(
-    settings: Settings, caller: Caller, model: Servable, request: CompletionRequest
-) -> Generation:
-    """What the model is asked to go on with.
+def read_completion(settings: Settings, database: Database, caller: Caller, body: bytes) -> Question:
+    """The text to go on with.
 
     Raises:
-        InvalidRequest: the text holds NUL or half a surrogate pair.
+        NotFound: no such model, or somebody else's.
+        InvalidRequest: what is wrong with it, or what the model lacks.
     """
+    try:
+        request = CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_spec(error) from error
+    model = find_servable(database, caller, request.model)
     if INVALID_TEXT.search(request.text):
         raise InvalidRequest(f"The prompt can't be used: {REASONS['invalid_text']}.", param="prompt")
     most = request.max_tokens or DEFAULT_COMPLETION_TOKENS
-    return _generation(settings, caller, model, request, prompt=request.text, max_tokens=most)
+    generation = _generation(settings, caller, model, request, prompt=request.text, max_tokens=most)
+    return Question(request, model.name, generation)
 
 
 def _generation(
@@ -140,17 +140,18 @@ class Reply:
     tokens: int = 0
 
     @classmethod
-    async def begin(cls, settings: Settings, asked: Generation, model: Servable, request: Sampling) -> Reply:
+    async def begin(cls, settings: Settings, question: Question) -> Reply:
         """Ask; the model has taken the prompt when this returns.
 
         Raises:
             TuneyardError: there will be no answer.
         """
-        chat = isinstance(request, ChatRequest)
+        chat = isinstance(question.request, ChatRequest)
         param = "messages" if chat else "prompt"
-        answering, started = await Answering.begin(settings.inference_socket(), asked, param)
+        socket = settings.inference_socket()
+        answering, started = await Answering.begin(socket, question.generation, param)
         made = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        return cls(answering, started, model.name, request, made)
+        return cls(answering, started, question.model, question.request, made)
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object.
@@ -263,9 +264,16 @@ def _tool_call(call: Call) -> dict[str, Any]:
     letters = string.ascii_letters + string.digits
     made = "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
     arguments = json.dumps(call.arguments, ensure_ascii=False)
+    if INVALID_TEXT.search(arguments):
+        # Half a surrogate pair, which the model wrote as an escape: it stays one.
+        arguments = json.dumps(call.arguments)
     return {"id": made, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    # ASCII with escapes, for an answer may hold what no encoding takes.
-    return b"data: %b\n\n" % json.dumps(value).encode()
+    return b"data: %b\n\n" % to_json(value)
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """ASCII with escapes, for an answer may hold what no encoding takes."""
+    return json.dumps(value).encode()

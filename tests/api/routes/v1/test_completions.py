@@ -308,6 +308,18 @@ def test_what_cant_be_done_is_refused_with_its_field(
     assert refusal["type"] == "invalid_request_error"
 
 
+def test_json_that_is_nested_too_deeply_is_refused(box: Box, model: str) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    tool = '{"type": "function", "function": {"name": "f", "parameters": {"a": %s}}}' % deep  # noqa: UP031
+    body = f'{{"model": "{model}", "messages": {json.dumps(QUESTION)}, "tools": [{tool}]}}'
+    headers = {"Authorization": f"Bearer {box.keys['ann']}"}
+    answer = httpx.post(f"{box.live.url}/v1/chat/completions", content=body, headers=headers)
+    assert error_of(answer, 400)
+    nested = body.replace(deep, "[" * 90 + "]" * 90).replace('"tools"', '"max_tokens": 1, "tools"')
+    answer = httpx.post(f"{box.live.url}/v1/chat/completions", content=nested, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
 def test_pictures_and_half_characters_are_refused(box: Box, model: str) -> None:
     picture = [{"type": "image_url", "image_url": {"url": "http://x"}}]
     assert error_of(chat(box, model, messages=[{"role": "user", "content": picture}]), 400)
