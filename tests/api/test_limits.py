@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import openai
 import pytest
 
 from api.limits import RateLimiter
+from shared.database import Database
 from shared.errors import RateLimited
 from shared.settings import Settings
-from tests.api.conftest import Api, error_of
+from tests.api.conftest import Api, error_of, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -50,3 +52,27 @@ async def test_a_key_over_its_rate_is_told_when_to_go_on(api: Api) -> None:
     # Others, and Tuneyard's own face, are not held up.
     assert (await api.bob.get("/v1/models")).status_code == 200
     assert (await api.ann.get("/models")).status_code == 200
+
+
+def test_the_official_client_waits_as_long_as_it_is_told(
+    settings: Settings, database: Database, owner_keys: dict[str, str]
+) -> None:
+    def drain() -> None:
+        for _ in range(30):
+            live.context.limiter.take(1)
+
+    slow = settings.model_copy(update={"rate_limit": 30})
+    with (
+        serve(slow, database, owner_keys["ann"]) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.key, max_retries=1) as client,
+    ):
+        client.models.list()
+        with pytest.raises(RateLimited):
+            drain()
+        assert client.models.with_raw_response.list().retries_taken == 1
+        with pytest.raises(RateLimited):
+            drain()
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.with_options(max_retries=0).models.list()
+    assert caught.value.code == "rate_limit_exceeded"
+    assert caught.value.response.headers["retry-after"] in ("1", "2")

@@ -152,9 +152,9 @@ def test_lists_are_paged_by_the_client(box: Box, training_file: str) -> None:
         assert [job.id for job in jobs.list(limit=2, metadata={"page": "er"})] == made[::-1]
         events = list(jobs.list_events(made[0], limit=1))
         assert len({event.id for event in events}) == len(events) >= 1
-        files = [client.files.create(file=b"x", purpose="user_data").id for _ in range(3)]
-        assert [f.id for f in client.files.list(purpose="user_data", limit=1)] == files[::-1]
-        assert [f.id for f in client.files.list(purpose="user_data", limit=2, order="asc")] == files
+        files = [client.files.create(file=b"x", purpose="vision").id for _ in range(3)]
+        assert [f.id for f in client.files.list(purpose="vision", limit=1)] == files[::-1]
+        assert [f.id for f in client.files.list(purpose="vision", limit=2, order="asc")] == files
         for job_id in made:
             jobs.cancel(job_id)
         for file_id in files:

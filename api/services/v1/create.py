@@ -19,6 +19,7 @@ from shared.errors import InvalidRequest
 from shared.spec import FILE_ID, JobSpec, TrainingSpec
 
 HUB = "hub:"
+WANDB = "wandb"
 # What a multiplier of 1 is.
 LEARNING_RATE: float = TrainingSpec.model_fields["learning_rate"].default
 METHOD = "method.supervised.hyperparameters"
@@ -68,6 +69,18 @@ class _Method(_Body):
     reinforcement: Any = None
 
 
+class _Wandb(_Body):
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+class _Integration(_Body):
+    type: Literal["wandb"]
+    wandb: _Wandb
+
+
 class _Create(_Body):
     # Tuneyard's own fields are the spec's to judge.
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -80,7 +93,7 @@ class _Create(_Body):
     metadata: dict[str, Any] | None = None
     method: _Method | None = None
     hyperparameters: _Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Annotated[list[_Integration], Field(max_length=10)] | None = None
 
 
 def parse_create(body: bytes) -> JobSpec:
@@ -136,6 +149,10 @@ def _document(asked: _Create) -> dict[str, Any]:
         document["validation_dataset"] = _source(asked.validation_file)
     if asked.metadata is not None:
         document["metadata"] = asked.metadata
+    reporters = document.get("report_to", [])
+    if asked.integrations and isinstance(reporters, list) and WANDB not in reporters:
+        # Its project and entity are the worker's: whose account it is decides where in it runs go.
+        document["report_to"] = [*reporters, WANDB]
     _put(document, "name", asked.suffix, "suffix")
     for name, value, given in _training(asked):
         _put(training, name, value, given)
@@ -149,12 +166,6 @@ def _refuse_other_methods(asked: _Create) -> None:
             f"Jobs here are supervised: there is no {method.type} method.",
             param="method.type",
             code="unsupported_method",
-        )
-    if asked.integrations:
-        raise InvalidRequest(
-            "There are no integrations in this version: leave integrations out.",
-            param="integrations",
-            code="unsupported_integration",
         )
 
 

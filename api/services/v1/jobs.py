@@ -25,7 +25,7 @@ from api.schemas_v1 import (
 )
 from api.services import jobs
 from api.services.jobs import Filters
-from api.services.v1.create import HUB, in_openai_terms, multiplier, parse_create
+from api.services.v1.create import HUB, WANDB, in_openai_terms, multiplier, parse_create
 from shared.clock import utcnow
 from shared.database import Database
 from shared.errors import InvalidRequest
@@ -39,6 +39,8 @@ from shared.spec import FileDataset, HubDataset, JobSpec
 from shared.tables import CheckpointRow
 
 EVENT_ID = re.compile(r"ftevent-([0-9a-z]{24})-([0-9]{1,18})")
+# The API doesn't know the worker's environment, and it is nobody's business but the operator's.
+WORKERS_PROJECT = "(the worker's)"
 CHECKPOINT_ID = re.compile(r"ftckpt-([0-9a-z]{24})-([0-9]{1,9})")
 LEVELS: dict[str, Literal["info", "warn", "error"]] = {"warning": "warn", "error": "error"}
 # Tuneyard's names of measures, and OpenAI's.
@@ -147,7 +149,7 @@ def _job(job: JobOut, results: list[str], last: Mapping[str, Any]) -> JobV1:
         fine_tuned_model=tuned_model(spec.model, job.owner, spec.name, job.id) if done else None,
         finished_at=seconds(job.finished_at) if job.finished_at else None,
         hyperparameters=hyperparameters,
-        integrations=[],
+        integrations=[_wandb(spec.name or job.id)] if WANDB in spec.report_to else [],
         metadata=dict(spec.metadata),
         method=MethodV1(supervised=SupervisedV1(hyperparameters=hyperparameters)),
         model=spec.model,
@@ -164,6 +166,10 @@ def _job(job: JobOut, results: list[str], last: Mapping[str, Any]) -> JobV1:
             include={"status", "phase", "spec", "plan", "data_report", "progress", "attempt", "failure"},
         ),
     )
+
+
+def _wandb(name: str) -> dict[str, Any]:
+    return {"type": WANDB, WANDB: {"project": WORKERS_PROJECT, "name": name, "entity": None, "tags": []}}
 
 
 def _status(status: JobStatus) -> Any:

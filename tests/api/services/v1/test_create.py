@@ -13,6 +13,7 @@ from shared.spec import FileDataset, HubDataset, JobSpec
 
 FILE = "file-" + "0" * 24
 OTHER = "file-" + "1" * 24
+WANDB = {"type": "wandb", "wandb": {"project": "mine", "tags": ["a"]}}
 BODY: dict[str, Any] = {"model": "local/tiny", "training_file": FILE}
 
 
@@ -76,6 +77,13 @@ def test_the_older_place_of_hyperparameters() -> None:
     assert both.training.num_train_epochs == 4
 
 
+def test_an_integration_is_a_reporter() -> None:
+    assert parse(integrations=[WANDB]).report_to == ("wandb",)
+    assert parse(integrations=[WANDB], report_to=["tensorboard"]).report_to == ("tensorboard", "wandb")
+    assert parse(integrations=[WANDB], report_to=["wandb"]).report_to == ("wandb",)
+    assert parse(integrations=[]).report_to == ()
+
+
 def test_a_data_set_of_the_hub_has_a_name_too() -> None:
     assert parse(training_file="hub:owner/rows").dataset == HubDataset(id="owner/rows")
 
@@ -90,7 +98,13 @@ def test_a_data_set_of_the_hub_has_a_name_too() -> None:
         ({"metadata": {"k": 1}}, "metadata.k", "invalid_type"),
         ({"method": {"type": "dpo", "dpo": {}}}, "method.type", "unsupported_method"),
         ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_method"),
-        ({"integrations": [{"type": "other"}]}, "integrations", "unsupported_integration"),
+        (
+            {"integrations": [{"type": "other", "wandb": {"project": "p"}}]},
+            "integrations.0.type",
+            "invalid_value",
+        ),
+        ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations.0.wandb.project", "missing_field"),
+        ({"integrations": [WANDB], "report_to": 3}, "report_to", "invalid_type"),
         ({"n_epochs": 3}, "n_epochs", "unknown_field"),
         ({"lora": {"r": 0}}, "lora.r", "out_of_range"),
         ({"dataset": {"source": "hub"}}, "dataset", "invalid_value"),
