@@ -34,10 +34,12 @@ class Service:
         placement = Placement(settings, self._database)
         self._models = Models(settings, Store(settings.artifacts()), placement)
         self._stopping = asyncio.Event()
+        self._stop_asked = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self) -> None:
-        """Ask `run` to return; from any thread."""
+        """Ask `run` to return, also before it began; from any thread."""
+        self._stop_asked = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
 
@@ -48,6 +50,8 @@ class Service:
             TuneyardError: another inference process has this data folder.
         """
         self._loop = asyncio.get_running_loop()
+        if self._stop_asked:
+            return
         path = self._settings.inference_socket()
         ensure_private_dir(path.parent)
         try:
