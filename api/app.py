@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from api import errors
+from api.audit import Audit, AuditLog
 from api.context import Context
 from api.courier import courier
 from api.dependencies import authenticate, count_open, limit_rate, refuse_unknown_query
@@ -22,7 +23,7 @@ from api.metrics import Metrics
 from api.middleware import BodyLimit, Guard, RequestLog
 from api.news import Hub
 from api.queue_view import QueueView
-from api.routes import artifacts, datasets, exports, health, jobs, logs, models, system
+from api.routes import artifacts, audit, datasets, exports, health, jobs, logs, models, secrets, system
 from api.routes.v1 import completions, fine_tuning, webhooks
 from api.routes.v1 import files as v1_files
 from api.routes.v1 import models as v1_models
@@ -44,7 +45,8 @@ V1_ROUTERS = (
 BODIES = (JobSpec, ChatRequest, CompletionRequest)
 SCHEMA_REF = "#/components/schemas/{model}"
 ROUTERS = (
-    jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router, system.router
+    jobs.router, logs.router, artifacts.router, exports.router, datasets.router, models.router,
+    secrets.router, system.router, audit.router
 )  # fmt: skip
 
 # In this order: whoever has no key is told that, and nothing of what else is wrong.
@@ -85,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    app.add_middleware(Audit)
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(RequestLog, metrics=metrics)
     errors.install(app)
@@ -116,6 +119,8 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     doorbell = Doorbell(settings.redis())
     hub = Hub(database, settings.redis())
     inspector = Inspector(database, store, uploads)
+    audit_log = AuditLog(database)
+    audit_log.start()
     hub.start()
     await inspector.start()
     try:
@@ -129,6 +134,7 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
             metrics=metrics,
             configs=HubConfigs(),
             limiter=RateLimiter(settings.rate_limit),
+            audit=audit_log,
             open_requests=OpenRequests(settings.max_open_requests),
             queue=QueueView(database, settings),
         )
@@ -136,6 +142,7 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
             yield context
     finally:
         await inspector.stop()
+        await audit_log.stop()
         await hub.stop()
         doorbell.close()
         database.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from api.audit import AuditLog
 from api.limits import OpenRequests, RateLimiter
 from api.metrics import Metrics
 from api.news import Hub
@@ -31,6 +32,7 @@ class Context:
     limiter: RateLimiter
     queue: QueueView
     open_requests: OpenRequests
+    audit: AuditLog
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fastapi.params import Query as QueryInfo
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from api.audit import CALLER
 from api.context import Caller, Context
 from api.middleware import HEADERS
 from api.news import Hub
@@ -76,7 +77,9 @@ HubDep = Annotated[Hub, Depends(_hub)]
 
 
 def authenticate(
-    database: DatabaseDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request,
+    database: DatabaseDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
     """
     Raises:
@@ -88,7 +91,9 @@ def authenticate(
         )
     with database.read() as session:
         key = find_key(session, credentials.credentials)
-        return Caller(key.name, key.admin, key.id, key.admin or key.high)
+        caller = Caller(key.name, key.admin, key.id, key.admin or key.high)
+    request.scope[CALLER] = caller
+    return caller
 
 
 CallerDep = Annotated[Caller, Depends(authenticate)]

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 
 from api.context import Context
+from api.services.audit import prune
 from api.services.v1.uploads import sweep
 from shared.leftovers import leftovers
 from shared.settings import Settings
@@ -35,6 +36,7 @@ async def _run(context: Context) -> None:
         try:
             await to_thread.run_sync(_remove_leftovers, context.settings)
             await to_thread.run_sync(sweep, context)
+            await to_thread.run_sync(prune, context)
         except Exception:
             # The boundary of this task: what the database or the store refuse now, they may take in a minute.
             logger.exception("Could not tidy up")

@@ -14,7 +14,15 @@ from shared.ids import JOB_ID
 from shared.lifecycle import ExportStatus, FailureCode, JobStatus, Phase
 from shared.plan import Plan
 from shared.spec import ExportFormat
-from shared.tables import ArtifactRow, CheckpointRow, DatasetRow, ExportTask, Job
+from shared.tables import (
+    ArtifactRow,
+    AuditEntry,
+    CheckpointRow,
+    DatasetRow,
+    ExportTask,
+    Job,
+    OwnerSecret,
+)
 
 Time = Annotated[
     datetime,
@@ -43,6 +51,43 @@ class ListOut(BaseModel, Generic[Item]):
     data: list[Item]
     has_more: bool = False
     next: str | None = None
+
+
+class SecretOut(BaseModel):
+    """That a secret is set; never what it is."""
+
+    name: str
+    updated_at: Time
+
+    @classmethod
+    def of(cls, row: OwnerSecret) -> SecretOut:
+        return cls(name=row.name, updated_at=row.updated_at)
+
+
+class AuditOut(BaseModel):
+    """Something that somebody did, or tried to do."""
+
+    id: int
+    time: Time
+    owner: str
+    key: int | None = Field(description="The key's number in `tuneyard keys list`.")
+    action: str = Field(examples=["POST /jobs/{job_id}/cancel"])
+    object: str | None
+    result: int = Field(description="The status of the answer; 0 for what was done without a server.")
+    address: str | None
+
+    @classmethod
+    def of(cls, row: AuditEntry) -> AuditOut:
+        return cls(
+            id=row.id or 0,
+            time=row.time,
+            owner=row.owner,
+            key=row.key_id,
+            action=row.action,
+            object=row.object,
+            result=row.result,
+            address=row.address,
+        )
 
 
 class ArtifactOut(BaseModel):

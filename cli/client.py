@@ -88,6 +88,19 @@ class Client:
         rows: list[Json] = self._json("GET", f"/jobs/{quote(job_id, safe='')}/metrics")["data"]
         return rows
 
+    def set_secret(self, name: str, value: str) -> None:
+        self._send("PUT", f"/secrets/{quote(name, safe='')}", json={"value": value})
+
+    def secrets(self) -> list[Json]:
+        rows: list[Json] = self._json("GET", "/secrets")["data"]
+        return rows
+
+    def remove_secret(self, name: str) -> None:
+        self._send("DELETE", f"/secrets/{quote(name, safe='')}")
+
+    def audit(self, **filters: Any) -> Json:
+        return self._json("GET", "/audit", params={k: v for k, v in filters.items() if v is not None})
+
     def artifacts(self, job_id: str) -> list[Json]:
         rows: list[Json] = self._json("GET", f"/jobs/{quote(job_id, safe='')}/artifacts")["data"]
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ import typer
 from rich.console import Console
 
 from cli.render import table
-from shared.clock import isoformat
+from shared.clock import isoformat, utcnow
 from shared.database import Database
 from shared.errors import InvalidRequest
-from shared.repository import keys, owners
+from shared.repository import audit, keys, owners
 from shared.settings import Settings, ensure_private_dir
+from shared.tables import AuditEntry
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys, and set their owners' quotas.")
 console = Console()
@@ -38,6 +40,8 @@ def create(
         raise InvalidRequest("NAME is 1 to 100 letters, digits, '.', '_', '-' or '@'.")
     with opened_database() as database, database.write() as session:
         key = keys.create_key(session, name, admin=admin, high=high)
+        rights = f"{' --admin' if admin else ''}{' --high' if high else ''}"
+        audit.add_entries(session, [_entry(f"keys create{rights}", name)])
     console.print(f"A key for {name}. Keep it: it is not shown again.", highlight=False)
     print(key)
 
@@ -66,6 +70,7 @@ def revoke(number: Annotated[int, typer.Argument(help="The key's number in `tune
     """Revoke a key: from now on it opens nothing."""
     with opened_database() as database, database.write() as session:
         key = keys.revoke_key(session, number)
+        audit.add_entries(session, [_entry("keys revoke", f"{key.name}/{number}")])
     console.print(f"Key {number} of {key.name} is revoked.", highlight=False)
 
 
@@ -94,6 +99,7 @@ def quota(
         if limits:
             with database.write() as session:
                 owners.set_quotas(session, name, limits)
+                audit.add_entries(session, [_entry("keys quota", name)])
         with database.read() as session:
             found = owners.quotas(session, Settings(), name)
             lately = owners.used_lately(session, name)
@@ -117,6 +123,11 @@ def _limit(quota: str, text: str) -> float | None:
             f"--{quota.replace('_', '-')}: {text} is no number from 0, `unlimited` or `default`."
         )
     return number
+
+
+def _entry(action: str, name: str) -> AuditEntry:
+    """For the audit log: what the box's user did. The colon tells it from any owner."""
+    return AuditEntry(time=utcnow(), owner=f"box:{os.getuid()}", action=action, object=name, result=0)
 
 
 @contextmanager

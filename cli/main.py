@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from cli import chat, datasets, demo, exports, gc, jobs, keys, serve, webhooks
+from cli import audit, chat, datasets, demo, exports, gc, jobs, keys, secrets, serve, webhooks
 from cli.client import ApiError, ConnectionFailed
 from cli.render import visible
 from shared.errors import TuneyardError
@@ -42,12 +42,14 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     exports.export,
     chat.chat,
     gc.gc,
+    audit.audit,
 )
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(keys.app, name="keys")
 app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(secrets.app, name="secrets")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import TuneyardError
@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     allowed_hosts: str = ""
     allowed_origins: str = ""
     trusted_proxies: str = ""
+    secrets_key: Annotated[SecretStr | None, Field(repr=False)] = None
+    audit_days: Annotated[float, Field(gt=0, le=36_500)] = 365
 
     max_samples: Annotated[int, Field(ge=1)] = 1_000_000
     max_seq_length: Annotated[int, Field(ge=16)] = 131_072

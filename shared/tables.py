@@ -6,7 +6,17 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, DateTime, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
@@ -36,6 +46,10 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None or value.tzinfo is not None:
             return value
         return value.replace(tzinfo=UTC)
+
+
+# SQLite counts up its INTEGER keys only.
+BIG_ID = BigInteger().with_variant(Integer, "sqlite")
 
 
 def _job_key(**options: Any) -> Any:
@@ -326,3 +340,29 @@ class WorkerRow(SQLModel, table=True):
     slots: list[dict[str, Any]] = Field(sa_type=JSON)
     started_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
     seen_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class OwnerSecret(SQLModel, table=True):
+    """A secret for an owner's jobs, encrypted under a key that is not in the database."""
+
+    __tablename__ = "owner_secret"
+
+    owner: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    sealed: str
+    updated_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
+
+
+class AuditEntry(SQLModel, table=True):
+    """Who did what. Rows are added, and removed when they are old; none is changed."""
+
+    __tablename__ = "audit_entry"
+
+    id: int | None = Field(default=None, sa_column=Column(BIG_ID, primary_key=True, autoincrement=True))
+    time: datetime = Field(sa_column=Column(UtcDateTime, nullable=False, index=True))
+    owner: str = Field(index=True)
+    key_id: int | None = None
+    action: str
+    object: str | None = None
+    result: int
+    address: str | None = None

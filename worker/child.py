@@ -33,18 +33,22 @@ from shared.repository import files, leases, logs
 from shared.settings import Settings
 from shared.spec import FileDataset, JobSpec
 from shared.storage import Store
+from shared.vault import Redactor
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import complete_checkpoints
 from worker.export_order import LaterExport, read_export
 from worker.lease import ExportLease, JobLease
 from worker.order import Order
 from worker.reporting import reporting
+from worker.secrets import HUB_TOKEN
 from worker.sink import DatabaseSink
 from worker.training.failures import explain
 from worker.training.workdir import Workdir
 
 Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, TrainingControl], list[Artifact]]
 Export = Callable[[LaterExport, Workdir, EventSink, Control], list[Artifact]]
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,17 @@ class Attempt:
     database: Database
     store: Store
     sink: DatabaseSink
+
+
+class RedactingFormatter(logging.Formatter):
+    """The process's own format, without the owner's secrets, in tracebacks too."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        super().__init__(LOG_FORMAT)
+        self._redactor = redactor
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redactor.text(super().format(record))
 
 
 class ChildControl:
@@ -148,6 +163,12 @@ def _begin(order: Order) -> Attempt:
     # A process that was started before there was a job had another folder.
     os.environ["TMPDIR"] = str(Path(order.workdir) / "tmp")
     tempfile.tempdir = None
+    if HUB_TOKEN in order.secrets:
+        # Other accounts are for the processes of the reporters alone.
+        os.environ[HUB_TOKEN] = order.secrets[HUB_TOKEN]
+    redactor = Redactor(order.secrets.values())
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter(redactor))
     settings = Settings(**order.settings)
     database = Database(settings.database())
     store = Store(settings.artifacts())
@@ -160,6 +181,7 @@ def _begin(order: Order) -> Attempt:
         else JobLease(order.job_id, order.token),
         settings.lease_seconds,
         on_lost=end_process_group,
+        redactor=redactor,
     )
     sink.start()
     return Attempt(order, settings, database, store, sink)
@@ -251,9 +273,10 @@ def _fetch_inputs(
         store=store.folder(),
         gpu_memory_fraction=settings.gpu_memory_fraction,
         gpus=tuple(order.gpus),
+        data_cache=Path(order.hub_cache) / "prepared" if order.hub_cache else None,
     )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     main(train, export, warm_up)

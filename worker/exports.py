@@ -17,13 +17,14 @@ from shared.errors import LeaseLost
 from shared.ids import new_token
 from shared.lifecycle import ExportStatus
 from shared.queue import Doorbell
-from shared.repository import exports, keys
+from shared.repository import exports, jobs, keys
 from shared.settings import Settings
 from shared.tables import ExportTask
 from worker.export_order import checkpoint_weights
 from worker.launch import Child
 from worker.order import Order
 from worker.process import Process
+from worker.secrets import OwnerSecrets
 from worker.sweep import EXPORT_PREFIX, remove_in_background
 
 CPU = Device("cpu", 0, "CPU", 0)
@@ -40,13 +41,15 @@ class Exports:
         database: Database,
         doorbell: Doorbell,
         worker: str,
-        start: Callable[[Path, Device, list[str]], Process],
+        start: Callable[[Path, Device, list[str], Path | None], Process],
+        secrets: OwnerSecrets,
     ) -> None:
         self._settings = settings
         self._database = database
         self._doorbell = doorbell
         self._worker = worker
         self._start_process = start
+        self._secrets = secrets
         self._work = settings.root / "work"
         self._child: Child | None = None
         self._export_id = ""
@@ -149,11 +152,21 @@ class Exports:
     def _start(self, task: ExportTask) -> None:
         token = str(task.lease_token)
         folder = self._work / task.job_id / f"{EXPORT_PREFIX}{token}"
+        with self._database.read() as session:
+            owner = jobs.get_job(session, task.job_id, None).owner
+        given = self._secrets.of(owner)
+        hub_cache = self._secrets.hub_cache(owner, given)
         order = Order(
-            task.job_id, token, str(folder), self._settings.model_dump(mode="json"), export_id=task.id
+            task.job_id,
+            token,
+            str(folder),
+            self._settings.model_dump(mode="json", exclude={"secrets_key"}),
+            export_id=task.id,
+            hub_cache=str(hub_cache) if hub_cache else None,
+            secrets=given,
         )
         try:
-            child = Child(self._start_process(folder, CPU, []), order, ())
+            child = Child(self._start_process(folder, CPU, [], hub_cache), order, ())
         except OSError as error:
             logger.error("Export %s could not be started: %s", task.id, error)
             self._pause()

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shared.device import Device
+from shared.vault import Redactor
 from worker.order import Order
 from worker.process import Process
 
@@ -16,6 +17,7 @@ class Child:
 
     def __init__(self, process: Process, order: Order, devices: tuple[Device, ...]) -> None:
         self._process = process
+        self._redactor = Redactor(order.secrets.values())
         self.job_id = order.job_id
         self.token = order.token
         self.workdir = Path(order.workdir)
@@ -65,4 +67,4 @@ class Child:
 
     def last_words(self) -> str:
         """The last line that it printed, for a death that nothing else explains."""
-        return self._process.last_words()
+        return self._redactor.text(self._process.last_words())

@@ -14,6 +14,8 @@ class Order:
     `gpus` are the numbers, as nvidia-smi has them, of the GPUs that it may use; the process itself sees the
     first of them alone. `export_id` is that of an export to be made; without it the job itself is to be run.
     `reporting` are the environment variables of the reporters that the job names.
+    `hub_cache` is the owner's own folder for what its hub token opens, None where all share theirs.
+    `secrets` are the owner's, by the variables of this process's environment that they go into.
     """
 
     job_id: str
@@ -24,6 +26,9 @@ class Order:
     export_id: str | None = None
     # Holds credentials: it is neither printed nor logged.
     reporting: dict[str, str] = field(default_factory=dict, repr=False)
+    hub_cache: str | None = None
+    # By variable. Neither printed nor logged: they are the owner's.
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

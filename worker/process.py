@@ -25,6 +25,13 @@ ENVIRONMENT = frozenset(
 )  # fmt: skip
 # AWS_ is for an artifact store on S3.
 ENVIRONMENT_PREFIXES = ("LC_", "HF_", "AWS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TRITON_")
+# The worker's own account on the hub, and the caches that all owners share.
+SHARED_HUB = frozenset(
+    {
+        "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE",
+        "HF_MODULES_CACHE",
+    }
+)  # fmt: skip
 OUTPUT_FILE = "output.log"
 # What reporters write: beside the attempts of a job, and in the data folder what all jobs share.
 REPORTS = "reports"
@@ -34,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 class Process:
     """`python -m MODULE ARGUMENTS`, pinned to one device; its output goes to a file in its folder.
+
+    With a `hub_cache` it has that for what it gets from the hub, and no account of the worker's there.
 
     Raises:
         OSError: the disk is full or the machine is out of processes.
@@ -47,6 +56,7 @@ class Process:
         device: Device,
         compile_cache: Path,
         on_exit: Callable[[], None],
+        hub_cache: Path | None = None,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, mode=0o700)
@@ -57,7 +67,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=_environment(folder, device, compile_cache),
+                env=_environment(folder, device, compile_cache, hub_cache),
                 # A group of its own: the converter and quantiser that it starts end with it.
                 start_new_session=True,
                 text=True,
@@ -123,12 +133,16 @@ class Process:
         on_exit()
 
 
-def _environment(folder: Path, device: Device, compile_cache: Path) -> dict[str, str]:
+def _environment(folder: Path, device: Device, compile_cache: Path, hub_cache: Path | None) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
     }
+    if hub_cache is not None:
+        # What one owner's token opened, no other owner may find in a cache; nor is it the worker's account.
+        kept = {name: value for name, value in kept.items() if name not in SHARED_HUB}
+        kept["HF_HOME"] = str(hub_cache)
     return kept | {
         # From the start, before there is a job: importing bitsandbytes or Unsloth asks CUDA what the GPU can
         # do, and from then on the process sees the GPUs that it saw at that moment.

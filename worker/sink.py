@@ -29,6 +29,7 @@ from shared.repository import files, logs
 from shared.repository.jobs import get_job
 from shared.storage import Store
 from shared.tables import ArtifactRow, DatasetRow
+from shared.vault import Redactor
 from worker.checkpoints import complete_checkpoints
 from worker.lease import Lease
 from worker.results import publish_results
@@ -67,6 +68,7 @@ class DatabaseSink:
         lease: Lease,
         lease_seconds: float,
         on_lost: Callable[[], None],
+        redactor: Redactor | None = None,
     ) -> None:
         self._database = database
         self._store = store
@@ -75,6 +77,7 @@ class DatabaseSink:
         self._job_id = lease.job_id
         self._lease = timedelta(seconds=lease_seconds)
         self._on_lost = on_lost
+        self._redactor = redactor or Redactor(())
         self._batch = _Batch()
         self._results: DatasetRow | None = None
         self._lock = threading.Lock()  # guards _batch; held for no longer than an append
@@ -89,7 +92,7 @@ class DatabaseSink:
 
     def log(self, entry: Entry) -> None:
         with self._lock:
-            self._batch.entries.append(_storable_entry(entry))
+            self._batch.entries.append(self._entry(entry))
         self._wake.set()
 
     def phase(self, phase: Phase) -> None:
@@ -112,7 +115,7 @@ class DatabaseSink:
 
     def data_report(self, report: dict[str, Any]) -> None:
         with self._lock:
-            self._batch.changes["data_report"] = storable(report)
+            self._batch.changes["data_report"] = self._redactor.value(storable(report))
         self._wake.set()
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -178,8 +181,8 @@ class DatabaseSink:
             LeaseLost: another attempt has the job.
         """
         self._stop_thread()
-        recorded = _recorded(failure) if failure else None
-        last = _storable_entry(entry)
+        recorded = self._recorded(failure) if failure else None
+        last = self._entry(entry)
 
         def write(session: Session) -> None:
             self._held.finish(session, status, last, recorded)
@@ -204,7 +207,7 @@ class DatabaseSink:
             LeaseLost: another attempt has the job.
         """
         self._stop_thread()
-        recorded = _recorded(failure)
+        recorded = self._recorded(failure)
         self._commit(lambda session: self._held.run_out_of_memory(session, recorded))
 
     def _stop_thread(self) -> None:
@@ -272,6 +275,15 @@ class DatabaseSink:
         self._renewed = time.monotonic()
         return result
 
+    def _recorded(self, failure: JobFailure) -> dict[str, Any]:
+        told = {"code": failure.code, "message": failure.message, "advice": failure.advice}
+        found: dict[str, Any] = self._redactor.value(storable(told))
+        return found
+
+    def _entry(self, entry: Entry) -> Entry:
+        message, data = (self._redactor.value(storable(part)) for part in (entry.message, entry.data))
+        return replace(entry, message=message, data=data)
+
 
 def storable(value: Any) -> Any:
     """The value as every database takes it: no NaN or infinity, no NUL and no lone surrogate."""
@@ -284,17 +296,6 @@ def storable(value: Any) -> Any:
     if isinstance(value, str):
         return UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     return value
-
-
-def _recorded(failure: JobFailure) -> dict[str, Any]:
-    found: dict[str, Any] = storable(
-        {"code": failure.code, "message": failure.message, "advice": failure.advice}
-    )
-    return found
-
-
-def _storable_entry(entry: Entry) -> Entry:
-    return replace(entry, message=storable(entry.message), data=storable(entry.data))
 
 
 def _is_passing(error: DBAPIError) -> bool:

@@ -33,6 +33,7 @@ from worker.process import Process
 from worker.reporting import reporter_environment
 from worker.requests import heed_requests
 from worker.retention import collect_in_background
+from worker.secrets import OwnerSecrets
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
 from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
@@ -85,9 +86,12 @@ class Supervisor:
         self._recover_after = self._claim_after = 0.0
         self._quick_deaths = 0
         self._claims = Claims(settings, database, self._worker.id, slots)
+        self._secrets = OwnerSecrets(settings, database)
         self._work = settings.root / "work"
         self._compile_cache = settings.root / "cache" / "compiled"
-        self._exports = Exports(settings, database, doorbell, self._worker.id, self._start_process)
+        self._exports = Exports(
+            settings, database, doorbell, self._worker.id, self._start_process, self._secrets
+        )
         self._standbys = Standbys(settings.standby, slots, self._work, self._start_process)
 
     def run(self) -> None:
@@ -213,21 +217,31 @@ class Supervisor:
         busy = {device for child in self._children for device in child.devices}
         return [slot for slot in self._slots if slot not in busy]
 
-    def _start_process(self, folder: Path, device: Device, arguments: list[str]) -> Process:
-        return Process(self._child_module, arguments, folder, device, self._compile_cache, self._wake.set)
+    def _start_process(
+        self, folder: Path, device: Device, arguments: list[str], hub_cache: Path | None = None
+    ) -> Process:
+        return Process(
+            self._child_module, arguments, folder, device, self._compile_cache, self._wake.set, hub_cache
+        )
 
     def _start(self, job: Job, devices: tuple[Device, ...]) -> None:
         token = str(job.lease_token)
         workdir = self._work / job.id / f"{job.attempt}-{token}"
         gpus = tuple(device.index for device in devices if device.kind == "cuda")
-        given = reporter_environment(JobSpec.from_json(job.spec).report_to, os.environ)
-        settings = self._settings.model_dump(mode="json")
-        order = Order(job.id, token, str(workdir), settings, gpus, reporting=given)
+        given = self._secrets.of(job.owner)
+        hub_cache = self._secrets.hub_cache(job.owner, given)
+        private = str(hub_cache) if hub_cache else None
+        settings = self._settings.model_dump(mode="json", exclude={"secrets_key"})
+        report_to = JobSpec.from_json(job.spec).report_to
+        # The owner's own accounts come before the worker's.
+        reporting = reporter_environment(report_to, {**os.environ, **given})
+        order = Order(job.id, token, str(workdir), settings, gpus, None, reporting, private, given)
         self._doorbell.tell(job.id)
         engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:
-            process = self._standbys.take(engine, devices[0], workdir)
-            process = process or self._start_process(workdir, devices[0], [])
+            # A process that waited has the caches that all owners share.
+            process = None if hub_cache else self._standbys.take(engine, devices[0], workdir)
+            process = process or self._start_process(workdir, devices[0], [], hub_cache)
             try:
                 take_over(workdir.parent, workdir / CHECKPOINTS)
             except OSError:

@@ -10,10 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from api import protocol
-from api.app import create_app
 from api.protocol import BoundedProtocol
-from api.server import Server
-from shared.settings import Settings
 from tests.api.conftest import SPEC, Live
 from tests.conftest import wait_for
 
@@ -193,10 +190,3 @@ def test_more_connections_than_the_process_has_files_for(live: Live, monkeypatch
         assert read_all(one_more) == b""
         held[0].sendall(HEAD + b"\r\n")
         assert held[0].recv(65_536).startswith(b"HTTP/1.1 200")
-
-
-@pytest.mark.parametrize("trusted", ["", "127.0.0.1"])
-def test_forwarded_headers_count_from_trusted_proxies_alone(settings: Settings, trusted: str) -> None:
-    server = Server(create_app(settings), settings.model_copy(update={"trusted_proxies": trusted}))
-    assert server.config.proxy_headers == bool(trusted)
-    assert server.config.forwarded_allow_ips == trusted

@@ -15,7 +15,7 @@ from cli.main import app
 from shared.database import Database
 from shared.errors import Unauthorized
 from shared.ids import hash_api_key
-from shared.repository import keys, owners
+from shared.repository import audit, keys, owners
 from shared.settings import Settings
 from tests.conftest import TEST_DATABASE
 
@@ -112,3 +112,18 @@ def test_revoking_what_is_not_there_says_so_in_one_line(box: dict[str, str]) -> 
     refused = tuneyard(box, "keys", "revoke", "77")
     assert refused.returncode == 1
     assert refused.stderr.strip() == "Error: No API key 77: `tuneyard keys list` shows their numbers."
+
+
+def test_keys_are_in_the_audit_log(box: dict[str, str], database: Database) -> None:
+    runner = CliRunner()
+    key = runner.invoke(app, ["keys", "create", "ann", "--admin"], env=box).stdout.splitlines()[-1]
+    assert runner.invoke(app, ["keys", "revoke", "1"], env=box).exit_code == 0
+    with database.read() as session:
+        rows, more = audit.list_entries(session, None, None, 10)
+    assert [(row.action, row.object) for row in rows] == [
+        ("keys revoke", "ann/1"),
+        ("keys create --admin", "ann"),
+    ]
+    assert not more
+    assert {row.owner for row in rows} == {f"box:{os.getuid()}"}
+    assert key not in str(rows)

@@ -5,9 +5,11 @@ What it does is the first word of the job's name; everything around the pipeline
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +49,8 @@ def pipeline(
     if word == "odd":
         sink.log(Entry("odd \x00\ud800", data={"deep": [float("nan"), {"er": "\udfff"}]}))
         return []
+    if word == "tell":
+        return _tell(workdir, sink, (spec.name or "").split()[1])
     if word == "fail":
         raise ValueError("the pipeline broke")
     if word == "die":
@@ -66,6 +70,22 @@ def pipeline(
         subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
         _train_until_stopped(sink, control, checks=False)
     raise AssertionError(word)
+
+
+def _tell(workdir: Workdir, sink: EventSink, ending: str) -> list[Artifact]:
+    """Write the owner's hub token wherever a job can write."""
+    token = os.environ.get("HF_TOKEN", "none")
+    told = {"length": len(token), "home": os.environ.get("HF_HOME"), "data": str(workdir.data_cache)}
+    sink.log(Entry(f"token {token}", data={**told, "list": [token], token: "key"}))
+    sink.data_report({"token": token})
+    logging.getLogger("tests").warning("logged %s", token)
+    if ending == "fail":
+        raise ValueError(f"refused {token}")
+    if ending == "die":
+        time.sleep(0.3)  # long enough for the log to be written
+        print(f"died of {token}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return []
 
 
 def _run_out_of_memory(workdir: Workdir, sink: EventSink, attempts: int) -> None:

@@ -73,7 +73,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         sink,
         loading or control,
         model.context_length,
-        cache=workdir.cache / "data",
+        cache=workdir.data_cache or workdir.cache / "data",
         cache_bytes=workdir.prepared_bytes,
         validation_file=workdir.validation_file,
     )

@@ -14,6 +14,7 @@ class Workdir:
 
     `root` is the attempt's own folder, `cache` is shared by all jobs of the box (converted bundled
     models, and prepared data up to `prepared_bytes`).
+    `data_cache` is where prepared data is kept, None for the one in `cache` that all owners share.
     `gpus` are the numbers of the job's GPUs, as nvidia-smi has them, where it runs on several.
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
     a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where finished files
@@ -30,3 +31,4 @@ class Workdir:
     store: Path | None = None
     gpu_memory_fraction: float = 1
     gpus: tuple[int, ...] = ()
+    data_cache: Path | None = None
