@@ -11,6 +11,7 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
+from shared.clock import utcnow
 from shared.errors import NotFound
 from shared.ids import new_event_id
 from shared.lifecycle import TERMINAL
@@ -69,7 +70,8 @@ def announce(session: Session) -> None:
         event_type = f"fine_tuning.job.{job.status}"
         event_id, body = event(event_type, job.id, job.finished_at or job.created_at)
         for webhook in session.exec(select(Webhook).where(Webhook.owner == job.owner)):
-            if event_type in webhook.event_types:
+            # What ended before there was a webhook is no news to it.
+            if event_type in webhook.event_types and webhook.created_at <= (job.finished_at or utcnow()):
                 session.add(Delivery(webhook_id=webhook.id, event_id=event_id, body=body))
 
 

@@ -34,11 +34,12 @@ SERVED = {
 
 @dataclass(frozen=True)
 class Box:
-    """Where it is, and the keys of two owners."""
+    """Where it is, and the keys of three owners; eve's jobs are those that webhooks are told of."""
 
     url: str
     ann: str
     bob: str
+    eve: str
     settings: Settings
     database: Database
     served: Served
@@ -56,11 +57,11 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2, standby="off")
     database, doorbell = Database(settings.database()), Doorbell(settings.redis())
     with database.write() as session:
-        ann, bob = (keys.create_key(session, name, admin=False) for name in ("ann", "bob"))
+        ann, bob, eve = (keys.create_key(session, name, admin=False) for name in ("ann", "bob", "eve"))
     supervisor = Supervisor(settings, database, doorbell, [Device("cpu", 0, "CPU", 8 << 30)], FAKE)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
-    yield Box(url, ann, bob, settings, database, served)
+    yield Box(url, ann, bob, eve, settings, database, served)
     supervisor.stop()
     thread.join(20)
     doorbell.close()

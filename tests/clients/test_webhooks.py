@@ -25,6 +25,12 @@ def hook() -> Iterator[Receiver]:
         yield opened
 
 
+@pytest.fixture
+def client(box: Box) -> Iterator[openai.OpenAI]:
+    with box.client(box.eve) as opened:
+        yield opened
+
+
 def start(client: openai.OpenAI, suffix: str) -> str:
     file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
     return client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, suffix=suffix).id
@@ -67,7 +73,7 @@ def test_an_end_is_told_signed_and_again_until_it_is_taken(
 
 
 def test_registering(box: Box, hook: Receiver) -> None:
-    with box.client(_strict_response_validation=True) as client, box.client(box.bob) as bob:
+    with box.client(box.eve, _strict_response_validation=True) as client, box.client(box.bob) as bob:
         assert client.webhooks.event_types.list().data == EVENTS
         made = client.webhooks.create(name="one", url=hook.url, event_types=EVENTS[:1])
         assert made.signing_secret.startswith("whsec_")
@@ -117,13 +123,13 @@ def test_a_webhook_that_nobody_answers_is_told_of(client: openai.OpenAI) -> None
 
 def test_the_command_line(box: Box, hook: Receiver) -> None:
     def tuneyard(*arguments: str) -> str:
-        environment = {"TUNEYARD_URL": box.url, "TUNEYARD_API_KEY": box.ann}
+        environment = {"TUNEYARD_URL": box.url, "TUNEYARD_API_KEY": box.eve}
         done = CliRunner().invoke(app, ["webhooks", *arguments], env=environment)
         assert done.exit_code == 0, done.output
         return done.stdout
 
     secret = tuneyard("create", hook.url, "--event", "succeeded").splitlines()[-1]
-    headers = {"Authorization": f"Bearer {box.ann}"}
+    headers = {"Authorization": f"Bearer {box.eve}"}
     (made,) = httpx.get(f"{box.url}/v1/webhook_endpoints", headers=headers).json()["data"]
     assert made["event_types"] == EVENTS[:1]
     assert secret.startswith(made["signing_secret_hint"].removesuffix("…"))
