@@ -33,6 +33,9 @@ ROUTES = {
     "/models": {"get"},
     "/system": {"get"},
     "/metrics": {"get"},
+    "/secrets": {"get"},
+    "/secrets/{secret}": {"put", "delete"},
+    "/audit": {"get"},
     "/v1/fine_tuning/jobs": {"get", "post"},
     "/v1/fine_tuning/jobs/{job_id}": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/cancel": {"post"},
@@ -101,7 +104,8 @@ async def test_answers_have_the_documented_fields(api: Api) -> None:
         reference = shown.get("application/json", {}).get("schema", {}).get("$ref")
         if reference is None or re.search(r"{(name|dataset_id|file_id|model|export_id|webhook_id)}", path):
             continue
-        answer = (await api.ann.get(path.replace("{job_id}", job_id))).json()
+        asking = api.root if path == "/audit" else api.ann
+        answer = (await asking.get(path.replace("{job_id}", job_id))).json()
         assert set(answer) == set(schemas[reference.rsplit("/", 1)[1]]["properties"]), path
 
 

@@ -23,7 +23,7 @@ pytestmark = [
         "reference",
         pytest.param(
             "compiled",
-            marks=pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs Liger"),
+            marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton"),
         ),
     ],
 )

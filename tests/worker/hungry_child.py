@@ -10,7 +10,7 @@ import torch
 from shared.events import Artifact, EventSink, TrainingControl
 from shared.plan import Plan
 from shared.spec import JobSpec
-from worker.child import main, train, warm_up
+from worker.child import export, main, train, warm_up
 from worker.training.job_trainer import JobTrainer
 from worker.training.workdir import Workdir
 
@@ -35,4 +35,4 @@ def _run_out_of_memory_in_step(number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(pipeline, warm_up)
+    main(pipeline, export, warm_up)
