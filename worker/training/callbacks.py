@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from shared.errors import JobFailure, JobStopped
 from shared.events import Entry, EventSink, Progress, TrainingControl
 from shared.lifecycle import FailureCode, Phase
+from worker.training.engines.adapters import decoder_layers
 from worker.training.failures import DIVERGED_ADVICE
 from worker.training.speed import Speed
 
@@ -271,5 +272,4 @@ def stop_between_layers(model: Any, control: TrainingControl) -> list[Any]:
         if not (module.training and control.leaving()):
             control.check()
 
-    layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    return [layer.register_forward_pre_hook(check) for layer in layers]
+    return [layer.register_forward_pre_hook(check) for layer in decoder_layers(model)]
