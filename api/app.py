@@ -31,6 +31,7 @@ from api.routes.v1 import uploads as v1_uploads
 from api.schemas import ErrorOut
 from api.schemas_chat import ChatRequest, CompletionRequest
 from api.services.inspection import Inspector
+from api.services.v1.webhooks import seal_old
 from shared.database import Database
 from shared.hub import HubConfigs
 from shared.queue import Doorbell
@@ -114,6 +115,7 @@ async def _open(settings: Settings, metrics: Metrics) -> AsyncIterator[Context]:
     settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = Database(settings.database())
     await to_thread.run_sync(database.migrate)
+    await to_thread.run_sync(seal_old, database, settings)
     store = Store(settings.artifacts())
     uploads = settings.root / "uploads"
     doorbell = Doorbell(settings.redis())

@@ -16,6 +16,7 @@ from api.outbound import Unreachable
 from api.services.v1.webhooks import send
 from shared.clock import utcnow
 from shared.database import Database
+from shared.errors import Unavailable
 from shared.repository import webhooks
 from shared.repository.webhooks import Due
 from shared.settings import Settings
@@ -119,7 +120,7 @@ class _Courier:
         """Why it failed; None if the webhook has it."""
         try:
             status = await send(due.webhook, due.delivery.event_id, due.delivery.body, self._settings)
-        except Unreachable as error:
+        except (Unreachable, Unavailable) as error:
             return str(error)
         # No redirect is followed: it could lead anywhere.
         return None if 200 <= status < 300 else f"The answer was {status}."

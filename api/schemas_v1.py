@@ -215,8 +215,8 @@ class WebhookWithSecretV1(WebhookV1):
     signing_secret: str
 
     @classmethod
-    def of(cls, row: Webhook) -> WebhookWithSecretV1:
-        return cls(signing_secret=row.secret, **_webhook_fields(row))
+    def with_secret(cls, row: Webhook, secret: str) -> WebhookWithSecretV1:
+        return cls(signing_secret=secret, **_webhook_fields(row))
 
 
 class WebhookDeletedV1(Identified):
@@ -243,7 +243,7 @@ def _webhook_fields(row: Webhook) -> dict[str, Any]:
         "created_at": seconds(row.created_at),
         "event_types": row.event_types,
         "name": row.name,
-        "signing_secret_hint": f"{row.secret[:10]}…",
+        "signing_secret_hint": f"{row.secret_hint}…",
         "updated_at": seconds(row.updated_at),
         "url": row.url,
         "last_error": row.last_error,

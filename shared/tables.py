@@ -293,9 +293,10 @@ class IdempotencyKey(SQLModel, table=True):
 
 
 class Webhook(SQLModel, table=True):
-    """Where an owner's events go. The secret signs them, so it can't be kept as a hash.
+    """Where an owner's events go. The secret signs them, so it can't be kept as a hash: it is sealed.
 
-    `old_secret` signs too until `old_secret_until`; `last_error` is of the latest delivery, if it failed.
+    `secret_hint` is how it begins. `old_secret` signs too until `old_secret_until`; `last_error` is of the
+    latest delivery, if it failed.
     """
 
     __tablename__ = "webhook"
@@ -306,6 +307,7 @@ class Webhook(SQLModel, table=True):
     url: str
     event_types: list[str] = Field(sa_type=JSON)
     secret: str
+    secret_hint: str
     old_secret: str | None = None
     old_secret_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
     last_error: str | None = None

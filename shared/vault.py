@@ -94,6 +94,10 @@ def _bound_to(owner: str, name: str) -> bytes:
 
 def _kept(path: Path) -> str:
     """The key in the file; the first of several processes that need one makes it."""
+    if path.is_file():
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        return path.read_text(encoding="utf-8").strip()
     try:
         made = base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).decode()
         # Written aside and linked: whoever finds the file finds all of the key.
@@ -107,5 +111,5 @@ def _kept(path: Path) -> str:
         finally:
             aside.unlink()
     except FileExistsError:
-        path.chmod(0o600)
+        pass  # Another process was quicker.
     return path.read_text(encoding="utf-8").strip()

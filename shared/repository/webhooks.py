@@ -58,6 +58,12 @@ def count_webhooks(session: Session, owner: str) -> int:
     return session.exec(select(func.count()).where(Webhook.owner == owner)).one()
 
 
+def unsealed_webhooks(session: Session, prefix: str) -> list[Webhook]:
+    """Those whose secret begins as no sealed one does, locked."""
+    statement = select(Webhook).where(col(Webhook.secret).startswith(prefix, autoescape=True))
+    return list(session.exec(statement.with_for_update()))
+
+
 def has_news(session: Session) -> bool:
     """Whether a job has ended that nobody was told of."""
     return session.exec(_news().limit(1)).first() is not None

@@ -31,7 +31,8 @@ def register(database: Database, owner: str, *events: str) -> str:
         name="x",
         url="https://example.org/",
         event_types=list(events or webhooks.EVENTS),
-        secret="whsec_AAAA",
+        secret="sealed",
+        secret_hint="whsec_AAAA",
     )
     with database.write() as session:
         session.add(row)

@@ -75,10 +75,10 @@ def delete_webhook(database: DatabaseDep, caller: CallerDep, webhook_id: Webhook
 
 @router.post("/webhook_endpoints/{webhook_id}/rotate_secret")
 def rotate_webhook_secret(
-    database: DatabaseDep, caller: CallerDep, webhook_id: WebhookId, wanted: RotateSecret
+    context: ContextDep, caller: CallerDep, webhook_id: WebhookId, wanted: RotateSecret
 ) -> WebhookWithSecretV1:
     """Make another secret. It is shown this once."""
-    return webhooks.rotate_secret(database, caller, webhook_id, wanted)
+    return webhooks.rotate_secret(context, caller, webhook_id, wanted)
 
 
 @router.post("/webhook_endpoints/{webhook_id}/test")

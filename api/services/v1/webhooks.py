@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Annotated, Literal
@@ -25,9 +26,12 @@ from shared.repository.jobs import Page
 from shared.settings import Settings
 from shared.spec import Name
 from shared.tables import Webhook
+from shared.vault import Vault
 
 MAX_WEBHOOKS = 10
 KEPT = timedelta(hours=24)
+SECRET_PREFIX = "whsec_"  # noqa: S105 - how they begin
+HINT = len(SECRET_PREFIX) + 4
 # What a test event tells of.
 TEST_JOB = "ftjob-000000000000000000000000"
 
@@ -69,20 +73,22 @@ def create(context: Context, caller: Caller, wanted: CreateWebhook) -> WebhookWi
         QuotaExceeded: the owner has as many as one may have.
     """
     check_url(wanted.url, context.settings)
+    webhook_id, secret = new_webhook_id(), new_webhook_secret()
     row = Webhook(
-        id=new_webhook_id(),
+        id=webhook_id,
         owner=caller.name,
         name=wanted.name,
         url=wanted.url,
         event_types=list(dict.fromkeys(wanted.event_types)),
-        secret=new_webhook_secret(),
+        secret=Vault(context.settings).seal(caller.name, webhook_id, secret),
+        secret_hint=secret[:HINT],
     )
     with context.database.write() as session:
         owners.lock_owner(session, caller.name)
         if webhooks.count_webhooks(session, caller.name) >= MAX_WEBHOOKS:
             raise QuotaExceeded(f"You have {MAX_WEBHOOKS} webhooks, which is the limit for one owner.")
         session.add(row)
-    return WebhookWithSecretV1.of(row)
+    return WebhookWithSecretV1.with_secret(row, secret)
 
 
 def list_page(database: Database, caller: Caller, page: Page) -> ListV1[WebhookV1]:
@@ -123,19 +129,21 @@ def update(context: Context, caller: Caller, webhook_id: str, wanted: UpdateWebh
 
 
 def rotate_secret(
-    database: Database, caller: Caller, webhook_id: str, wanted: RotateSecret
+    context: Context, caller: Caller, webhook_id: str, wanted: RotateSecret
 ) -> WebhookWithSecretV1:
     """Make another secret; the old one signs too for a day, if that is wanted.
 
     Raises:
         NotFound: absent or somebody else's.
     """
-    with database.write() as session:
+    secret = new_webhook_secret()
+    with context.database.write() as session:
         row = webhooks.get_webhook(session, webhook_id, caller.scope, lock=True)
         kept = wanted.keep_old_secret_active_for_24_hours
         row.old_secret, row.old_secret_until = (row.secret, utcnow() + KEPT) if kept else (None, None)
-        row.secret, row.updated_at = new_webhook_secret(), utcnow()
-    return WebhookWithSecretV1.of(row)
+        row.secret = Vault(context.settings).seal(row.owner, row.id, secret)
+        row.secret_hint, row.updated_at = secret[:HINT], utcnow()
+    return WebhookWithSecretV1.with_secret(row, secret)
 
 
 def delete(database: Database, caller: Caller, webhook_id: str) -> WebhookDeletedV1:
@@ -172,27 +180,44 @@ async def send(webhook: Webhook, event_id: str, body: str, settings: Settings) -
 
     Raises:
         Unreachable: there was none.
+        Unavailable: its secret can't be opened here.
     """
     now = utcnow()
+    secrets = await to_thread.run_sync(_signing_secrets, webhook, Vault(settings), now)
     headers = {
         "content-type": "application/json",
         "user-agent": f"Tuneyard/{version('tuneyard')}",
         "webhook-id": event_id,
         "webhook-timestamp": str(int(now.timestamp())),
-        "webhook-signature": signature(webhook, event_id, body, now),
+        "webhook-signature": signature(secrets, event_id, body, now),
     }
     return await outbound.post(webhook.url, body, headers, settings)
 
 
-def signature(webhook: Webhook, event_id: str, body: str, moment: datetime) -> str:
-    """The header that Standard Webhooks describe: `v1,…` for each secret that is good now."""
-    secrets = [webhook.secret]
-    if webhook.old_secret and webhook.old_secret_until and webhook.old_secret_until > moment:
-        secrets.append(webhook.old_secret)
+def signature(secrets: Sequence[str], event_id: str, body: str, moment: datetime) -> str:
+    """The header that Standard Webhooks describe: `v1,…` for each secret."""
     signed = f"{event_id}.{int(moment.timestamp())}.{body}".encode()
-    keys = (base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets)
+    keys = (base64.b64decode(secret.removeprefix(SECRET_PREFIX)) for secret in secrets)
     digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in keys)
     return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def seal_old(database: Database, settings: Settings) -> None:
+    """Seal what an earlier version has left in the database as it was."""
+    vault = Vault(settings)
+    with database.write() as session:
+        for row in webhooks.unsealed_webhooks(session, SECRET_PREFIX):
+            row.secret = vault.seal(row.owner, row.id, row.secret)
+            if row.old_secret is not None:
+                row.old_secret = vault.seal(row.owner, row.id, row.old_secret)
+
+
+def _signing_secrets(webhook: Webhook, vault: Vault, moment: datetime) -> list[str]:
+    """Those that are good now."""
+    sealed = [webhook.secret]
+    if webhook.old_secret and webhook.old_secret_until and webhook.old_secret_until > moment:
+        sealed.append(webhook.old_secret)
+    return [vault.open(webhook.owner, webhook.id, secret) for secret in sealed]
 
 
 def _read(database: Database, caller: Caller, webhook_id: str) -> Webhook:
