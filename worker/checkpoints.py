@@ -9,6 +9,7 @@ delete them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -46,36 +47,55 @@ def discard(checkpoint: Path) -> None:
 
 
 def move_checkpoints(source: Path, target: Path) -> None:
-    """Rename every complete checkpoint of one folder into another, in the place of one of the same step.
+    """Rename every complete checkpoint of one folder into another; where it has that step, it keeps its own.
+
+    Two may move the same ones at a time, for several supervisors may share a box: neither ever removes what
+    the other has moved.
 
     Raises:
         OSError: the disk is full or broken. What is not moved stays where it was.
     """
     for step, path in complete_checkpoints(source).items():
         target.mkdir(mode=0o700, exist_ok=True)
-        place = checkpoint_folder(target, step)
-        discard(place)
-        with suppress(FileNotFoundError):  # Somebody else was quicker.
-            path.rename(place)
+        try:
+            path.rename(checkpoint_folder(target, step))
+        except FileNotFoundError:
+            continue  # Somebody else was quicker.
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            discard(path)
 
 
 def take_over(job: Path, target: Path) -> None:
     """Give one attempt everything that the attempts before it left, also those whose supervisor died too.
 
+    Nothing of later ones: a supervisor that was frozen when it was about to start an attempt may go on when
+    the next attempt has long been training.
+
     Args:
-        job: the job's folder, with `checkpoints` and a folder for each attempt.
+        job: the job's folder, with `checkpoints` and a folder for each attempt, ATTEMPT-TOKEN.
         target: the new attempt's own folder of checkpoints.
 
     Raises:
         OSError: as `move_checkpoints`.
     """
     kept = job / FOLDER
-    # Attempts first: what a sweep moves out of one meanwhile is found in `kept` after that.
-    for attempt in [f for f in job.iterdir() if f.is_dir() and f not in (kept, target.parent)]:
+    number = _attempt_number(target.parent)
+    earlier = [folder for folder in job.iterdir() if 0 < _attempt_number(folder) < number]
+    # Attempts first: what a sweep moves out of one meanwhile is found in `kept` after that. The latest first:
+    # of two checkpoints of one step the first stays.
+    for attempt in sorted(earlier, key=_attempt_number, reverse=True):
         move_checkpoints(attempt / FOLDER, target)
     move_checkpoints(kept, target)
     for left in kept.glob(f"{REMOVED}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _attempt_number(folder: Path) -> int:
+    """0 for a folder that is no attempt's."""
+    number, _, token = folder.name.partition("-")
+    return int(number) if token and number.isdecimal() else 0
 
 
 def sync(path: Path) -> None:

@@ -34,11 +34,11 @@ def results_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def publish_results(
-    rows: Sequence[dict[str, Any]], job_id: str, owner: str, folder: Path, store: Store
+    rows: Sequence[dict[str, Any]], job_id: str, token: str, owner: str, folder: Path, store: Store
 ) -> DatasetRow:
     """Put the file into the store. The row that names it is to be added with the job's end.
 
-    A later attempt of the same job replaces the file.
+    Each attempt has a file of its own, named by its token: one that was overtaken replaces no other's.
 
     Raises:
         OSError: the disk or the store refused.
@@ -46,7 +46,7 @@ def publish_results(
     content = results_csv(rows).encode()
     path = folder / FILENAME
     path.write_bytes(content)
-    key = f"results/{job_id}/{FILENAME}"
+    key = f"results/{job_id}/{token}/{FILENAME}"
     store.publish(path, key)
     return DatasetRow(
         id=new_dataset_id(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from shared.database import Database
 from shared.errors import LeaseLost
@@ -43,12 +44,18 @@ def settle(database: Database, child: Child, max_losses: int, *, asked: bool) ->
     return False
 
 
-def keep_checkpoints(child: Child) -> None:
-    """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted."""
+def keep_checkpoints(attempt: Path) -> bool:
+    """Complete checkpoints outlive the attempt; the job's folder goes when the job is deleted.
+
+    Returns:
+        whether the attempt's folder holds none any more, and can be removed.
+    """
     try:
-        move_checkpoints(child.workdir / FOLDER, child.workdir.parent / FOLDER)
+        move_checkpoints(attempt / FOLDER, attempt.parent / FOLDER)
     except OSError as error:
-        logger.error("Job %s: its checkpoints could not be kept: %s", child.job_id, error)
+        logger.error("The checkpoints in %s could not be put by yet: %s", attempt, error)
+        return False
+    return True
 
 
 def time_out(database: Database, child: Child) -> None:

@@ -167,7 +167,7 @@ class DatabaseSink:
             OSError: the disk or the store refused.
         """
         rows, owner = self._commit(self._measured)
-        self._results = publish_results(rows, self._job_id, owner, folder, self._store)
+        self._results = publish_results(rows, self._job_id, self._held.token, owner, folder, self._store)
 
     def _measured(self, session: Session) -> tuple[list[dict[str, Any]], str]:
         return logs.read_metrics(session, self._job_id), get_job(session, self._job_id, None).owner

@@ -182,8 +182,9 @@ class Supervisor:
         self._doorbell.tell(child.job_id)
         child.close()
         self._children.remove(child)
-        keep_checkpoints(child)
-        remove_in_background(child.workdir)
+        # Else the sweep tries again.
+        if keep_checkpoints(child.workdir):
+            remove_in_background(child.workdir)
 
     def _slow_down(self, child: Child) -> None:
         """After a death that came soon: what killed it may kill whatever is claimed next."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from shared.database import Database
 from shared.ids import JOB_ID
 from shared.repository import exports, leases
-from worker.checkpoints import FOLDER, move_checkpoints
+from worker.checkpoints import FOLDER
 from worker.process import REPORTS
+from worker.settle import keep_checkpoints
 
 SWEEP_SECONDS = 30.0
 # Folders of processes that wait for a job: this, the number of their supervisor, and their own.
@@ -31,30 +32,36 @@ def sweep(database: Database, work: Path) -> None:
     for folder in work.glob(f"{STANDBY_PREFIX}*"):
         if not _is_running(folder.name.removeprefix(STANDBY_PREFIX).partition("-")[0]):
             remove_in_background(folder)
-    folders = [f for f in work.iterdir() if f.is_dir() and JOB_ID.fullmatch(f.name)]
+    # Before the database is asked: an attempt's folder is younger than its claim, so one that is there now
+    # and held by nobody then is over, however long this takes.
+    found = {f: _entries(f) for f in _entries(work) if f.is_dir() and JOB_ID.fullmatch(f.name)}
     with database.read() as session:
-        holders = leases.holders(session, [f.name for f in folders])
+        holders = leases.holders(session, [f.name for f in found])
         exported = {f"{EXPORT_PREFIX}{token}" for token in exports.live_tokens(session)}
-    for folder in folders:
+    for folder, attempts in found.items():
         if folder.name not in holders:
             remove_in_background(folder)
             continue
         token = holders[folder.name].token
-        for attempt in folder.iterdir():
+        for attempt in attempts:
             held = attempt.name in (FOLDER, REPORTS) or attempt.name in exported
             held = held or bool(token and attempt.name.endswith(f"-{token}"))
-            # A claim that is newer than what was read of it above has a new folder.
-            if not held and time.time() - attempt.stat().st_mtime > SWEEP_SECONDS:
-                _keep_checkpoints(attempt)
+            if not held and _is_old(attempt) and keep_checkpoints(attempt):
                 remove_in_background(attempt)
 
 
-def _keep_checkpoints(attempt: Path) -> None:
-    """What an attempt left whose supervisor died with it."""
-    try:
-        move_checkpoints(attempt / FOLDER, attempt.parent / FOLDER)
-    except OSError as error:
-        logger.error("The checkpoints in %s could not be kept: %s", attempt, error)
+def _entries(folder: Path) -> list[Path]:
+    """What is in the folder; several supervisors may sweep one."""
+    with contextlib.suppress(FileNotFoundError):
+        return list(folder.iterdir())
+    return []
+
+
+def _is_old(attempt: Path) -> bool:
+    """Whether its supervisor has had the time to clean up itself."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - attempt.stat().st_mtime > SWEEP_SECONDS
+    return False
 
 
 def bound(cache: Path, limit: int) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from shared.database import Database
+from shared.database import Database, Session
 from shared.errors import StateConflict
 from shared.queue import Doorbell
-from shared.repository import jobs, logs
+from shared.repository import jobs, leases, logs
 from shared.settings import Settings
 from tests.conftest import wait_for
 from tests.samples import make_job
@@ -184,6 +185,74 @@ def test_an_attempt_takes_over_whatever_earlier_ones_left(tmp_path: Path) -> Non
     assert (new / "checkpoint-6" / "weights").read_text() == "dead"
     move_checkpoints(new, job / FOLDER)
     assert list(complete_checkpoints(job / FOLDER)) == [2, 4, 6]
+
+
+def test_a_supervisor_that_starts_an_attempt_late_takes_nothing_from_the_next_one(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    make_checkpoints(job / "1-first" / FOLDER, 2)
+    make_checkpoints(job / "3-third" / FOLDER, 4)
+    late = job / "2-frozen" / FOLDER
+    late.parent.mkdir()
+    take_over(job, late)
+    assert list(complete_checkpoints(late)) == [2]
+    assert list(complete_checkpoints(job / "3-third" / FOLDER)) == [4]
+
+
+def test_two_that_move_the_same_checkpoints_lose_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, kept = make_checkpoints(tmp_path / "1-dead", 5, text="of one attempt"), tmp_path / FOLDER
+    seen = complete_checkpoints(attempt)
+    move_checkpoints(attempt, kept)
+    monkeypatch.setattr("worker.checkpoints.complete_checkpoints", lambda _: seen)
+    move_checkpoints(attempt, kept)
+    assert (kept / "checkpoint-5" / "weights").read_text() == "of one attempt"
+
+
+@pytest.fixture
+def removed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What the sweep would remove."""
+    found: list[Path] = []
+    monkeypatch.setattr("worker.sweep.remove_in_background", found.append)
+    return found
+
+
+def test_checkpoints_that_could_not_be_put_by_are_not_removed(
+    database: Database, tmp_path: Path, removed: list[Path]
+) -> None:
+    job_id = make_job(database)
+    attempt = tmp_path / job_id / "1-dead"
+    make_checkpoints(attempt / FOLDER, 5)
+    long_ago = time.time() - 3600
+    os.utime(attempt, (long_ago, long_ago))
+    # As on a full disk: the folder for them can't be made.
+    (tmp_path / job_id / FOLDER).write_text("in the way")
+    sweep(database, tmp_path)
+    assert (removed, list(complete_checkpoints(attempt / FOLDER))) == ([], [5])
+    (tmp_path / job_id / FOLDER).unlink()
+    sweep(database, tmp_path)
+    assert list(complete_checkpoints(tmp_path / job_id / FOLDER)) == [5]
+    assert removed == [attempt]
+
+
+def test_a_sweep_that_takes_its_time_leaves_an_attempt_that_begins_meanwhile(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: list[Path]
+) -> None:
+    job_id = make_job(database)
+    (tmp_path / job_id).mkdir()
+    attempt = tmp_path / job_id / "1-new"
+    holders = leases.holders
+
+    def look_late(session: Session, job_ids: Sequence[str]) -> dict[str, leases.Holder]:
+        found = holders(session, job_ids)
+        attempt.mkdir()
+        long_ago = time.time() - 3600
+        os.utime(attempt, (long_ago, long_ago))
+        return found
+
+    monkeypatch.setattr(leases, "holders", look_late)
+    sweep(database, tmp_path)
+    assert (removed, attempt.is_dir()) == ([], True)
 
 
 def test_the_sweep_keeps_the_checkpoints_of_attempts_that_died_with_their_supervisor(

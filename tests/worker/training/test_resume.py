@@ -83,7 +83,7 @@ class Job:
         """Another attempt, with what the ones before it left, to the end or to what ends it."""
         self.attempts += 1
         workdir = new_workdir(self.folder / f"data-{self.attempts}", self.model, ROWS)
-        root = self.folder / "job" / str(self.attempts)
+        root = self.folder / "job" / f"{self.attempts}-token"
         root.mkdir(parents=True)
         take_over(root.parent, root / FOLDER)
         workdir = dataclasses.replace(workdir, root=root, cache=self.folder / "cache")
