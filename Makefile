@@ -1,10 +1,15 @@
 # Everything runs in .venv, made on first use; nothing else has to be installed.
 PYTHON ?= python3
+# Of `make chaos`: how long, from which seed, with how many workers, and how many jobs that are trained for real.
+MINUTES ?= 10
+SEED ?= 7
+WORKERS ?= 2
+REAL ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test lint bench clean
+.PHONY: install demo serve test lint chaos bench clean
 
 install: $(STAMP)
 
@@ -31,6 +36,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: install
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) --real $(REAL)
 
 bench: install
 	$(BIN)/python bench/service.py

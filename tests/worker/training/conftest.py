@@ -18,8 +18,11 @@ from tests.worker.training.samples import conversations
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(folder: Path) -> Path:
     """Folder of a random Llama: hidden 256, 2 layers, so that llama.cpp's K-quants apply in full."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = _tokenizer()
     transformers.set_seed(0)
     config = transformers.LlamaConfig(

@@ -1,0 +1,107 @@
+"""Fault tests: `python -m tests.chaos [--minutes N] [--seed S] [--workers W] [--real JOBS]`, or `make chaos`.
+
+Runs a cluster under a schedule of faults that the seed makes, then checks what must hold and prints a report.
+Ends with 1 if anything is broken, and then keeps the folder of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.child import POINTS
+from tests.chaos.disk import enter_namespace, mount_small_disk
+from tests.chaos.real import make_models
+from tests.chaos.run import Plan, Report, run
+
+DISK_MEGABYTES = 192
+MEGABYTES_A_MINUTE = 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--real", type=int, default=0, help="so many jobs are trained for real")
+    parser.add_argument("--short", action="store_true", help="the form that `make test` runs")
+    given = parser.parse_args()
+    enter_namespace()
+    folder = Path(tempfile.mkdtemp(prefix="tuneyard-chaos-"))
+    root = folder / "data"
+    root.mkdir(mode=0o700)
+    small_disk = mount_small_disk(root, DISK_MEGABYTES + int(MEGABYTES_A_MINUTE * given.minutes))
+    plan = _plan(given, folder, small_disk=small_disk)
+    report = run(plan, root, folder / "logs")
+    _print(plan, report)
+    if report.broken:
+        kept = Path(f"{folder}-kept")
+        shutil.copytree(folder, kept, ignore=lambda _, names: [n for n in names if n.endswith(".sock")])
+        print(f"Broken, with seed {plan.seed}. What was left is in {kept}")
+    if small_disk:
+        subprocess.run(["umount", "-l", str(root)], check=True)  # noqa: S607 - as the tool to mount
+    shutil.rmtree(folder)
+    return 1 if report.broken else 0
+
+
+def _plan(given: argparse.Namespace, folder: Path, *, small_disk: bool) -> Plan:
+    poison = {"name": "poison", "metadata": {"steps": "3", "seconds": "0"}}
+    planned: list[dict[str, Any]] = [poison]
+    for point in ("claimed", "published", "measured", "finishing") if given.short else POINTS:
+        metadata = {"steps": "4", "seconds": "0.05", "stumble": f"{point}:freeze"}
+        planned.append({"name": "chaos", "metadata": metadata})
+    return Plan(
+        seed=given.seed,
+        seconds=18 if given.short else given.minutes * 60,
+        workers=given.workers,
+        slots=1 if given.short or given.workers > 2 else 2,
+        clients=3,
+        gap=0.9 if given.short else 2,
+        step_seconds=0.1 if given.short else 0.2,
+        most_jobs=5 if given.short else 1_000_000,
+        small_disk=small_disk,
+        planned=planned,
+        real=given.real,
+        models=make_models(folder / "models") if given.real else None,
+    )
+
+
+def _print(plan: Plan, report: Report) -> None:
+    table = Table(
+        title=f"Chaos: seed {plan.seed}, {plan.workers} workers, {report.seconds:.0f} s", min_width=60
+    )
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for kind, count in report.faults.items():
+        table.add_row(f"fault: {kind}", str(count))
+    if not plan.small_disk:
+        table.add_row("fault: disk full", "skipped: this machine lets nobody mount a small disk")
+    jobs = report.jobs
+    rows: list[tuple[str, object]] = [
+        ("faults injected", report.faults.total()),
+        ("jobs", f"{jobs.total()} ({', '.join(f'{n} {status}' for status, n in sorted(jobs.items()) if n)})"),
+        ("attempts", report.attempts),
+        ("log entries", sum(event.what == "entry" for event in report.truth.history)),
+        ("pages and streams read by clients", len(report.seen.pages)),
+        ("downloads", len(report.seen.downloads)),
+        ("files without a row, removed by gc", report.strays),
+        ("invariants broken", len(report.broken)),
+    ]
+    for name, value in rows:
+        table.add_row(name, str(value))
+    console = Console(width=100)
+    console.print(table)
+    for line in report.broken[:40]:
+        console.print(f"broken: {line}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

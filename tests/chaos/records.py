@@ -1,0 +1,138 @@
+"""What the checker compares: what clients were told, and what is there at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import select
+
+from shared.database import Database
+from shared.repository import logs
+from shared.repository.logs import StoredEntry
+from shared.settings import Settings
+from shared.storage import Store
+from shared.tables import (
+    ArtifactRow,
+    CheckpointRow,
+    DatasetRow,
+    ExportTask,
+    Job,
+    Metric,
+    OwnerRow,
+    UploadPartRow,
+)
+from tests.chaos.history import Event, read_history
+
+SUBMISSION = "submission"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Entries that one answer or one stretch of a stream gave after `after`: seq and what they said."""
+
+    client: str
+    job_id: str
+    after: int
+    entries: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Download:
+    job_id: str
+    name: str
+    listed: str
+    got: str
+
+
+@dataclass
+class Seen:
+    """All that clients were told. Lists and sets take additions from several threads."""
+
+    # Submission (the idempotency key) and the job that was answered.
+    accepted: list[tuple[str, str]] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
+    # Client and job: the statuses in the order in which they came, each once in a row.
+    statuses: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    # How streams said that their job had ended.
+    endings: list[tuple[str, str]] = field(default_factory=list)
+    downloads: list[Download] = field(default_factory=list)
+    # File id and hash of what was answered with 201.
+    uploads: list[tuple[str, str]] = field(default_factory=list)
+    # Jobs that a cancellation was answered for, was asked for; jobs whose deletion was asked for.
+    cancelled: set[str] = field(default_factory=set)
+    cancel_asked: set[str] = field(default_factory=set)
+    delete_asked: set[str] = field(default_factory=set)
+    # Answers that no fault excuses.
+    surprises: list[str] = field(default_factory=list)
+
+    def status(self, client: str, job_id: str, status: str) -> None:
+        told = self.statuses.setdefault((client, job_id), [])
+        if not told or told[-1] != status:
+            told.append(status)
+
+
+@dataclass
+class Truth:
+    """What is in the database, in the store and in the work folders once everything has stopped.
+
+    `stored` are the store's files: bytes and SHA-256 by key. `work` are the work folders' entries, two levels
+    deep, as paths; `checkpoints_on_disk` the steps that any box has, by job.
+    """
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    entries: dict[str, list[StoredEntry]] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    checkpoints: dict[str, set[int]] = field(default_factory=dict)
+    artifacts: list[ArtifactRow] = field(default_factory=list)
+    files: list[DatasetRow] = field(default_factory=list)
+    part_keys: set[str] = field(default_factory=set)
+    exports: list[ExportTask] = field(default_factory=list)
+    owners: dict[str, OwnerRow] = field(default_factory=dict)
+    history: list[Event] = field(default_factory=list)
+    stored: dict[str, tuple[int, str]] = field(default_factory=dict)
+    work: list[str] = field(default_factory=list)
+    checkpoints_on_disk: dict[str, set[int]] = field(default_factory=dict)
+
+
+def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Truth:
+    """Everything as it is now; nothing may run any more."""
+    truth = Truth(history=read_history(settings.root / "tuneyard.db"))
+    with database.read() as session:
+        truth.jobs = {job.id: job for job in session.exec(select(Job))}
+        for job_id in truth.jobs:
+            truth.entries[job_id] = logs.read_entries(session, job_id, 0, 1_000_000)
+            truth.metrics[job_id] = []
+            truth.checkpoints[job_id] = set()
+        for metric in session.exec(select(Metric).order_by(Metric.step)):  # type: ignore[arg-type]
+            truth.metrics[metric.job_id].append(dict(metric.values))
+        for row in session.exec(select(CheckpointRow)):
+            truth.checkpoints[row.job_id].add(row.step)
+        truth.artifacts = list(session.exec(select(ArtifactRow)))
+        truth.files = list(session.exec(select(DatasetRow)))
+        truth.part_keys = set(session.exec(select(UploadPartRow.key)))
+        truth.exports = list(session.exec(select(ExportTask)))
+        truth.owners = {owner.name: owner for owner in session.exec(select(OwnerRow))}
+    store = Store(settings.artifacts())
+    for file in store.list_files():
+        digest = hashlib.sha256()
+        for part in store.read(file.name, 0, file.bytes):
+            digest.update(part)
+        truth.stored[file.name] = (file.bytes, digest.hexdigest())
+    for box in boxes:
+        work = box / "work"
+        truth.work += sorted(str(path.relative_to(work)) for path in (*work.glob("*"), *work.glob("*/*")))
+        for path in work.glob("*/checkpoints/checkpoint-*"):
+            step = int(path.name.removeprefix("checkpoint-"))
+            truth.checkpoints_on_disk.setdefault(path.parts[-3], set()).add(step)
+    return truth
+
+
+def told(message: str, kind: str, data: Mapping[str, Any] | None) -> str:
+    """An entry in short, as it was sent and as it is stored."""
+    text = json.dumps([message, kind, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,196 @@
+"""One run: faults for a while, then peace until all has ended, then the check."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from shared.database import Database
+from shared.lifecycle import JobStatus
+from shared.settings import Settings
+from shared.storage import Store
+from tests.chaos import real
+from tests.chaos.clients import Client, working
+from tests.chaos.cluster import Cluster
+from tests.chaos.faults import Faults, schedule
+from tests.chaos.invariants import Rules, check
+from tests.chaos.records import Seen, Truth, read_truth
+from worker.retention import STRAY_SECONDS, collect
+from worker.sweep import SWEEP_SECONDS, sweep
+
+MAX_LOSSES = 8
+SETTLE_SECONDS = 120.0
+SWEPT_SECONDS = 20.0
+OWN_FAULTS = ("stumbled", "Exception in ASGI application", "Exception in thread")
+ERROR = re.compile(r"[a-z][\w.]*(Error|Exception|Interrupt|Exit)?: |\w+Error")
+LOOK_SECONDS = 0.05
+SETTLE_LOOK_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. `gap` is the mean time between faults, in seconds."""
+
+    seed: int
+    seconds: float
+    workers: int
+    slots: int
+    clients: int
+    gap: float
+    step_seconds: float
+    most_jobs: int
+    small_disk: bool
+    planned: list[dict[str, Any]]
+    real: int
+    models: Path | None = None
+
+
+@dataclass
+class Report:
+    """What a run comes to."""
+
+    seconds: float
+    faults: Counter[str]
+    truth: Truth
+    seen: Seen
+    strays: int
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        """Of jobs and exports, deleted ones included."""
+        claims = {
+            e.job_id + " ".join(e.holders[:1]) for e in self.truth.history if e.what == "job" and e.holders
+        }
+        exports = [e for e in self.truth.history if e.what == "export" and e.told == "running"]
+        return len(claims) + len(exports)
+
+    @property
+    def jobs(self) -> Counter[str]:
+        statuses = Counter(job.status for job in self.truth.jobs.values())
+        statuses["deleted"] = sum(event.what == "deleted" for event in self.truth.history)
+        return statuses
+
+
+def run(plan: Plan, root: Path, aside: Path) -> Report:
+    """
+    Raises:
+        RuntimeError: the cluster did not start.
+    """
+    began = time.monotonic()
+    random = Random(plan.seed)
+    cluster = Cluster(
+        root, aside, plan.workers, plan.slots, MAX_LOSSES, Random(random.random()), models=plan.models
+    )
+    seen, lock = Seen(), threading.Lock()
+    try:
+        owners = [f"owner-{number}" for number in range(plan.clients)]
+        clients = [
+            Client(
+                name, key, cluster.url, Random(random.random()), seen, threading.Event(), lock,
+                plan.step_seconds, planned=plan.planned[number :: plan.clients], most_jobs=plan.most_jobs,
+            )
+            for number, (name, key) in enumerate(cluster.start(owners).items())
+        ]  # fmt: skip
+        if plan.real:
+            file_id = clients[0].upload(real.rows())
+            clients[0].planned += [real.spec(str(file_id)) for _ in range(plan.real)]
+        faults = Faults(
+            cluster, Random(random.random()), plan.small_disk, lambda: [job_id for _, job_id in seen.accepted]
+        )
+        with working(clients):
+            _storm(plan, cluster, faults, Random(random.random()))
+        unsettled = _settle(cluster, clients)
+        for client in clients:
+            client.read_all()
+            client.close()
+        late = cluster.stop()
+    finally:
+        cluster.end()
+    faults.counts["freeze at a chosen point"] = cluster.self_frozen
+    settings = cluster.settings
+    database = Database(settings.database())
+    strays = _collect(database, settings, cluster.boxes)
+    truth = read_truth(database, settings, cluster.boxes)
+    database.close()
+    report = Report(time.monotonic() - began, faults.counts, truth, seen, strays)
+    report.broken = [
+        *unsettled,
+        *late,
+        *check(truth, seen, Rules(MAX_LOSSES, faults.counts["disk full"] > 0, len(cluster.boxes) == 1)),
+        *_stumbled(aside),
+        *([] if report.jobs[JobStatus.SUCCEEDED] else ["not one job succeeded"]),
+    ]
+    return report
+
+
+def _storm(plan: Plan, cluster: Cluster, faults: Faults, random: Random) -> None:
+    began = time.monotonic()
+    waiting = schedule(random, faults.kinds(), plan.seconds, plan.gap)
+    while waiting or time.monotonic() - began < plan.seconds:
+        cluster.tend()
+        faults.tend()
+        if waiting and time.monotonic() - began >= waiting[0][0] and faults.inject(waiting[0][1]):
+            waiting.pop(0)
+        elif waiting and time.monotonic() - began >= waiting[0][0] + 2 * plan.gap:
+            # It finds nothing to hit just now: later, when there may be.
+            waiting.append((time.monotonic() - began + plan.gap, waiting.pop(0)[1]))
+            if time.monotonic() - began > plan.seconds + 20 * plan.gap:
+                return
+        time.sleep(LOOK_SECONDS)
+
+
+def _settle(cluster: Cluster, clients: list[Client]) -> list[str]:
+    """Peace: everything runs, and everything that was asked for ends."""
+    faults_end = time.monotonic()
+    cluster.wake_all()
+    while time.monotonic() - faults_end < SETTLE_SECONDS:
+        cluster.tend()
+        running = all(part.is_running() for part in cluster.parts) and cluster.answers()
+        done = [client.is_done() for client in clients]
+        if running and all(done):
+            return []
+        time.sleep(SETTLE_LOOK_SECONDS)
+    return [f"not all had ended {SETTLE_SECONDS:.0f} s after the last fault"]
+
+
+def _collect(database: Database, settings: Settings, boxes: list[Path]) -> int:
+    """Let a day pass for what lies about, then clean up as Tuneyard does; how many files were nobody's."""
+    for box in boxes:
+        _age(box / "work", SWEEP_SECONDS)
+        if (box / "work").is_dir():
+            sweep(database, box / "work")
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(SWEPT_SECONDS)
+    for folder in (settings.root / "artifacts", settings.root / "uploads"):
+        _age(folder, STRAY_SECONDS)
+    removed = collect(database, Store(settings.artifacts()), settings, dry_run=False)
+    return sum(item.what == "files without a row" for item in removed)
+
+
+def _age(folder: Path, seconds: float) -> None:
+    old = time.time() - 2 * seconds
+    for path in folder.rglob("*"):
+        os.utime(path, (old, old), follow_symlinks=False)
+
+
+def _stumbled(aside: Path) -> list[str]:
+    """What supervisors and the API report of themselves as a fault of their own, with the error."""
+    found = []
+    for log in sorted(aside.glob("*.log")):
+        told = ""
+        for line in log.read_text(errors="replace").splitlines():
+            if any(words in line for words in OWN_FAULTS):
+                told = line
+            elif told and ERROR.match(line):
+                found.append(f"{log.name}: {told} {line}")
+                told = ""
+    return found
