@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 IGNORED = -100
@@ -34,37 +36,37 @@ class FlatCollator:
     boundaries: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = [int(length) for row in rows for length in row["seq_lengths"]]
-        ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
-        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+        # In NumPy: torch starts threads for each of these small operations, and the GPU waits for a batch.
+        lengths = np.concatenate([np.asarray(row["seq_lengths"], np.int64) for row in rows])
+        ids = np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows])
+        labels = np.concatenate([np.asarray(row["labels"], np.int64) for row in rows])
         real = len(ids)
         if self.pad_to is not None and real < self.pad_to:
             empty = self.pad_to - real
             piece = min(self.longest or empty, empty)
-            lengths += [piece] * (empty // piece) + [empty % piece] * (empty % piece > 0)
-            ids = torch.nn.functional.pad(ids, (0, empty), value=self.pad_token_id)
-            labels = torch.nn.functional.pad(labels, (0, empty), value=IGNORED)
-        ends = torch.tensor(lengths).cumsum(0)
-        starts = ends - torch.tensor(lengths)
+            filling = [piece] * (empty // piece) + [empty % piece] * (empty % piece > 0)
+            lengths = np.concatenate([lengths, np.array(filling, np.int64)])
+            ids = np.pad(ids, (0, empty), constant_values=self.pad_token_id)
+            labels = np.pad(labels, (0, empty), constant_values=IGNORED)
+        ends = lengths.cumsum()
+        starts = ends - lengths
         labels[starts] = IGNORED
-        positions = torch.arange(len(ids)) - starts.repeat_interleave(torch.tensor(lengths))
-        batch = {
-            "input_ids": ids[None],
-            "labels": labels[None],
-            "position_ids": positions[None],
-            "num_tokens": torch.tensor(real),
-        }
+        positions = np.arange(len(ids)) - starts.repeat(lengths)
+        batch = {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
         if self.boundaries:
             batch |= self._boundaries(ends, labels)
-        return batch
+        return {name: torch.from_numpy(values) for name, values in batch.items()} | {
+            "num_tokens": torch.tensor(real)
+        }
 
-    def _boundaries(self, ends: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        cu_seqlens = torch.nn.functional.pad(ends, (1, 0))
+    def _boundaries(
+        self, ends: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+    ) -> dict[str, npt.NDArray[Any]]:
+        cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
         if self.documents is not None:
-            missing = self.documents + 1 - len(cu_seqlens)
-            cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, missing), value=int(ends[-1]))
-        kept = (labels[1:] != IGNORED).nonzero().flatten()
-        return {"cu_seqlens": cu_seqlens.int(), "kept": kept, "targets": labels[kept + 1]}
+            cu_seqlens = np.pad(cu_seqlens, (0, self.documents + 1 - len(cu_seqlens)), mode="edge")
+        kept = np.flatnonzero(labels[1:] != IGNORED)
+        return {"cu_seqlens": cu_seqlens, "kept": kept, "targets": labels[kept + 1]}
 
 
 @dataclass(frozen=True)

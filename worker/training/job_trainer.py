@@ -69,6 +69,20 @@ def filled(rows: Any, batch: int, pad_token_id: int) -> tuple[Any, int]:
     return datasets.concatenate_datasets([rows, more]), fill
 
 
+def remember_mode(model: Any) -> None:
+    """Let `model.train()` do nothing where the model is in that mode already.
+
+    The trainer calls it in every micro-batch, and a model with adapters has thousands of modules to walk.
+    """
+    walk = model.train
+    walk()
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else walk(mode)
+
+    model.train = train
+
+
 class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """The trainer of every engine.
 

@@ -178,7 +178,7 @@ def make_trainer(
     import transformers
 
     from worker.training.collate import FlatCollator, PaddedCollator
-    from worker.training.job_trainer import JobTrainer, filled
+    from worker.training.job_trainer import JobTrainer, filled, remember_mode
 
     rows, fill = data.train, 0
     if plan.gpus > 1:
@@ -194,6 +194,7 @@ def make_trainer(
         callbacks=callbacks,
     )
     trainer.fill = fill
+    remember_mode(trainer.model)
     # It prints each log line to stdout, which belongs to whoever runs the job.
     trainer.remove_callback(transformers.PrinterCallback)
     engine_of(plan).wire(trainer, spec, plan)

@@ -51,7 +51,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
 
 def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
     """Give the trainer this engine's batches and loss."""
-    from worker.training.engines.layers import draw_seeds
+    from worker.training.engines.layers import ready_adapters
     from worker.training.head_loss import learn_through_head
 
     capacity = plan.micro_batch * spec.max_seq_length
@@ -68,7 +68,7 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
     model = trainer.model
 
     def decoder_arguments(batch: dict[str, Any]) -> dict[str, Any]:
-        draw_seeds(model)
+        ready_adapters(model)
         return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": longest}
 
     learn_through_head(model.get_base_model(), decoder_arguments)

@@ -17,6 +17,8 @@ FLOAT8_MAX = torch.finfo(FLOAT8).max
 # Multipliers of the 32-bit finaliser of MurmurHash3 and the golden ratio, as signed numbers.
 GOLDEN, MIX_1, MIX_2 = -1640531535, -2048144789, -1028477387
 MAX_INT32 = 2**31 - 1
+# Columns of bfloat16 in 16 bytes.
+ALIGNED = 8
 # In the models that this engine takes.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -53,6 +55,8 @@ def packed_attention(
     """
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    # A view of the group's product would keep all of that in memory for the backward pass.
+    v = v.contiguous()
     out: Any = varlen.varlen_attn(
         q,
         k,
@@ -68,61 +72,216 @@ def packed_attention(
     return out.unsqueeze(0), None
 
 
-class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]
-    """A LoRA linear in the base's dtype whose dropout is computed from a seed, forwards and backwards.
+class InputGroup:
+    """The adapted modules of a layer that read one input, in the order in which they are called.
 
-    The mask is arithmetic on the positions: the compiler folds it into its neighbours and the backward pass
-    computes it again. Nothing of it is stored, and a recomputed layer sees the same one.
+    Their frozen matrices lie in one, for one product is faster than three and its gradient is written once.
+    So do the LoRA's second matrices, scaled, each in rows and columns of its own. In bfloat16 they are the
+    last columns of the frozen matrix: the product of [input, LoRA's first product] with all of it is the
+    whole result, and its gradient the whole of both.
+
+    Attributes:
+        matrix: (all outputs, inputs + ranks) bfloat16, or (all outputs, inputs) float8.
+        ups: (all outputs, ranks) bfloat16, the second matrices.
+        places: for every module, where in `ups` its own belongs.
+        outputs: what the first module has computed for the others, within a forward pass.
+    """
+
+    def __init__(self, modules: list[Any], seed: torch.Tensor) -> None:
+        first = modules[0]
+        dropout = first.lora_dropout["default"]
+        self.modules = modules
+        self.seed = seed
+        self.dropout_share = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
+        self.rank = first.r["default"]
+        self.scaling = first.scaling["default"]
+        self.sizes = [module.base_layer.out_features for module in modules]
+        # Rows of whole 16 bytes, or the product is a slow one.
+        padding = -self.rank * len(modules) % ALIGNED
+        self.float8: tuple[torch.Tensor, ...] | None = None
+        self.outputs: tuple[torch.Tensor, ...] = ()
+        frozen = torch.cat([module.base_layer.weight.data for module in modules])
+        ranks = frozen.new_zeros(frozen.shape[0], self.rank * len(modules) + padding)
+        self.matrix = torch.cat([frozen, ranks], dim=1)
+        self._put_ups(self.matrix[:, frozen.shape[1] :])
+        self._show_matrices()
+
+    def quantize(self) -> None:
+        """Keep the frozen matrices in float8, once by rows and once by columns.
+
+        A product with float8 operands needs the summed dimension contiguous: forwards that is the input's, on
+        the way back the output's. The two copies together are as large as the bfloat16 matrix.
+        """
+        frozen = self.matrix[:, : self.modules[0].base_layer.in_features]
+        backward, backward_scale = _rows_to_float8(frozen.t())
+        self.matrix, scale = _rows_to_float8(frozen)
+        self.float8 = (scale.t(), backward, backward_scale.t())
+        self._put_ups(self.ups.clone())
+        self._show_matrices()
+
+    def _put_ups(self, ups: torch.Tensor) -> None:
+        self.ups = ups
+        rows = torch.split(ups, self.sizes)
+        self.places = [own[:, place * self.rank :][:, : self.rank] for place, own in enumerate(rows)]
+
+    def _show_matrices(self) -> None:
+        """Let the modules' own weights be views of the one matrix, or memory would hold both."""
+        for module, rows in zip(self.modules, torch.split(self.matrix, self.sizes), strict=True):
+            weight = rows[:, : module.base_layer.in_features]
+            module.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]
+    """A LoRA linear in the base's dtype. The first module of a group computes the results of all.
+
+    Dropout is computed from a seed, forwards and backwards. The mask is arithmetic on the positions: the
+    compiler folds it into its neighbours and the backward pass computes it again. Nothing of it is stored,
+    and a recomputed layer sees the same one.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
-        base = self.base_layer
-        if self.float8 is not None:
-            result = float8_linear(x, base.weight, *self.float8)
-            result = result if base.bias is None else result + base.bias
-        else:
-            result = linear(x, base.weight, base.bias)
-        first = self.lora_A["default"].weight.to(x.dtype)
-        if self.training and self.dropout_share:
-            # Marked for the compiler as to be computed again, or it would store what is left of x.
-            down = checkpoint(
-                _dropped_product,
-                x,
-                self.seed,
-                self.dropout_share,
-                first,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=_keep_products,
-            )
-        else:
-            down = linear(x, first)
-        up = (self.lora_B["default"].weight * self.scaling["default"]).to(x.dtype)
-        return result + linear(down, up)
+        group = self.group
+        if self.place == 0:
+            group.outputs = _group_outputs(group, x.flatten(0, -2), self.training)
+        result: torch.Tensor = group.outputs[self.place].unflatten(0, x.shape[:-1])
+        if self.place == len(group.sizes) - 1:
+            group.outputs = ()
+        bias = self.base_layer.bias
+        return result if bias is None else result + bias
 
 
 def fuse_adapters(model: Any) -> None:
     """Turn the PEFT model's LoRA linears into fused ones, in place; their parameters stay what they are."""
-    modules = [(name, module) for name, module in model.named_modules() if _is_adapted(module)]
-    # Those that read one input share its mask: the compiler computes what they drop once.
-    inputs = list(dict.fromkeys(_input_of(name) for name, _ in modules))
+    together: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            together.setdefault(_input_of(name), []).append(module)
     device = next(model.parameters()).device
     # One tensor for all, so that drawing new seeds is one kernel; in steps of 16 bytes, as compiled code
     # wants its inputs aligned.
-    seeds = torch.zeros(len(inputs), 4, dtype=torch.int32, device=device)
+    seeds = torch.zeros(len(together), 4, dtype=torch.int32, device=device)
     model.register_buffer("lora_seeds", seeds, persistent=False)
-    for name, module in modules:
-        module.__class__ = FusedLora
-        module.seed = seeds[inputs.index(_input_of(name)), 0]
-        dropout = module.lora_dropout["default"]
-        module.dropout_share = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
-        module.float8 = None
+    model.input_groups = []
+    for number, modules in enumerate(together.values()):
+        group = InputGroup(modules, seeds[number, 0])
+        model.input_groups.append(group)
+        for place, module in enumerate(modules):
+            module.__class__ = FusedLora
+            module.group, module.place = group, place
 
 
-def draw_seeds(model: Any) -> None:
-    """New dropout masks for the coming micro-batch, from torch's random numbers on the device."""
+def quantize_rows(model: Any) -> None:
+    """Keep every adapted frozen matrix in float8."""
+    for group in model.input_groups:
+        group.quantize()
+
+
+@torch.no_grad()
+def ready_adapters(model: Any) -> None:
+    """What has to be done before each forward pass: LoRA's second matrices put where the product reads them.
+
+    In training also new dropout masks, from torch's random numbers on the device.
+    """
     if model.training:
         model.lora_seeds.random_(0, MAX_INT32)
+    places, ups = [], []
+    for group in model.input_groups:
+        places += group.places
+        ups += [module.lora_B["default"].weight * group.scaling for module in group.modules]
+    torch._foreach_copy_(places, ups)
+
+
+def _group_outputs(group: InputGroup, x: torch.Tensor, training: bool) -> tuple[torch.Tensor, ...]:
+    """The results of all modules of a group without their biases.
+
+    Args:
+        x: (tokens, inputs).
+    """
+    first = torch.cat([module.lora_A["default"].weight for module in group.modules])
+    first = torch.nn.functional.pad(first, (0, 0, 0, -len(first) % ALIGNED)).to(x.dtype)
+    if training and group.dropout_share:
+        # Marked for the compiler as to be computed again, or it would store what is left of x.
+        down = checkpoint(
+            _dropped_product,
+            x,
+            group.seed,
+            group.dropout_share,
+            first,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_keep_products,
+        )
+    else:
+        down = linear(x, first)
+    ups = torch.cat([module.lora_B["default"].weight for module in group.modules])
+    settled = (ups, group.scaling, group.sizes)
+    if group.float8 is None:
+        whole = _Joined.apply(x, down, group.matrix, *settled)  # type: ignore[no-untyped-call]
+    else:
+        whole = _Float8Linear.apply(x, group.matrix, *group.float8)  # type: ignore[no-untyped-call]
+        whole = whole + _Ups.apply(down, group.ups, *settled)  # type: ignore[no-untyped-call]
+    return torch.split(whole, group.sizes, dim=1)
+
+
+class _Joined(torch.autograd.Function):
+    """[x, down] times the group's matrix.
+
+    Args:
+        ups: (all outputs, rank), what the matrix has in its last columns; here for its gradient alone.
+        sizes: outputs of each module.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        matrix: torch.Tensor,
+        ups: torch.Tensor,
+        scaling: float,
+        sizes: list[int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(down, matrix)
+        ctx.inputs, ctx.rank, ctx.scaling, ctx.sizes = x.shape[1], ups.shape[1], scaling, sizes
+        return torch.cat([x, down], dim=1) @ matrix.t()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        down, matrix = ctx.saved_tensors
+        slopes = outputs[0] @ matrix
+        ups = _slopes_of_ups(outputs[0], down, ctx.rank, ctx.scaling, ctx.sizes)
+        return slopes[:, : ctx.inputs], slopes[:, ctx.inputs :], None, ups, None, None
+
+
+class _Ups(torch.autograd.Function):
+    """down times the group's ups: what `_Joined` does, where the frozen matrix has no columns for them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        down: torch.Tensor,
+        matrix: torch.Tensor,
+        ups: torch.Tensor,
+        scaling: float,
+        sizes: list[int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(down, matrix)
+        ctx.rank, ctx.scaling, ctx.sizes = ups.shape[1], scaling, sizes
+        return down @ matrix.t()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        down, matrix = ctx.saved_tensors
+        ups = _slopes_of_ups(outputs[0], down, ctx.rank, ctx.scaling, ctx.sizes)
+        return outputs[0] @ matrix, None, ups, None, None
+
+
+def _slopes_of_ups(
+    outputs: torch.Tensor, down: torch.Tensor, rank: int, scaling: float, sizes: list[int]
+) -> torch.Tensor:
+    """(all outputs, rank) float32: in the product of all outputs by all ranks each module has a block."""
+    rows = torch.split(outputs.t() @ down, sizes)
+    return torch.cat([own[:, place * rank :][:, :rank] for place, own in enumerate(rows)]).float() * scaling
 
 
 def _dropped_product(x: torch.Tensor, seed: torch.Tensor, share: float, weight: torch.Tensor) -> torch.Tensor:
@@ -152,45 +311,20 @@ def seeded_dropout(x: torch.Tensor, seed: torch.Tensor, share: float) -> torch.T
     return torch.where(kept, x * (1 / (1 - share)), 0)
 
 
-def quantize_rows(model: Any) -> None:
-    """Quantise the frozen matrix of every adapted linear to float8, once by rows and once by columns.
-
-    A product with float8 operands needs the summed dimension contiguous: forwards that is the input's, on the
-    way back the output's. The two copies together are as large as the bfloat16 matrix that they replace.
-    """
-    for module in _adapted(model):
-        base = module.base_layer
-        weight, scale = _rows_to_float8(base.weight.data)
-        backward, backward_scale = _rows_to_float8(base.weight.data.t())
-        base.weight = torch.nn.Parameter(weight, requires_grad=False)
-        module.float8 = (scale.t(), backward, backward_scale.t())
-
-
-def float8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    backward: torch.Tensor,
-    backward_scale: torch.Tensor,
-) -> torch.Tensor:
-    """x @ weight.T with both rounded to float8, a scale for each row of either, summed in float32.
-
-    Args:
-        x: (..., inputs).
-        weight, scale: (outputs, inputs) float8 and (1, outputs) float32.
-        backward, backward_scale: (inputs, outputs) float8 and (1, inputs) float32, for the gradient of x.
-    """
-    flat = x.flatten(0, -2)
-    out: torch.Tensor = _Float8Linear.apply(flat, weight, scale, backward, backward_scale)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], -1)
-
-
 def frozen_dtype(model: Any) -> str:
     """The dtype in which the adapted matrices are multiplied."""
-    return str(_adapted(model)[0].base_layer.weight.dtype).removeprefix("torch.")
+    return str(model.input_groups[0].matrix.dtype).removeprefix("torch.")
 
 
 class _Float8Linear(torch.autograd.Function):
+    """x @ weight.T with both rounded to float8, a scale for each row of either, summed in float32.
+
+    Args:
+        x: (tokens, inputs).
+        weight, scale: (outputs, inputs) float8 and (1, outputs) float32.
+        backward, backward_scale: (inputs, outputs) float8 and (1, inputs) float32, for the gradient of x.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -221,14 +355,6 @@ def _rows_to_float8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = matrix.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
     rounded = (matrix.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     return rounded.contiguous(), scale
-
-
-def _adapted(model: Any) -> list[Any]:
-    return [module for module in model.modules() if _is_adapted(module)]
-
-
-def _is_adapted(module: Any) -> bool:
-    return isinstance(module, peft.tuners.lora.Linear)
 
 
 def _input_of(name: str) -> str:
