@@ -226,11 +226,10 @@ class Models:
         model.copy = copy if path == copy else None
         model.gpu = await asyncio.to_thread(self._placement.find_gpu, model.need)
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-        kept |= {
-            "CUDA_VISIBLE_DEVICES": "" if model.gpu is None else str(model.gpu),
-            # As nvidia-smi counts them.
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        }
+        seen = "" if model.gpu is None else str(model.gpu)
+        # As nvidia-smi counts them, which is how Vulkan's driver does too.
+        kept |= {"CUDA_VISIBLE_DEVICES": seen, "GGML_VK_VISIBLE_DEVICES": seen}
+        kept |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         layers = 0 if model.gpu is None else ALL_LAYERS
         arguments = [str(path), str(self._settings.inference_context_bytes), str(layers)]
         model.process = await asyncio.create_subprocess_exec(

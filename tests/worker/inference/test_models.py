@@ -205,6 +205,7 @@ async def test_a_model_on_a_gpu_makes_way_for_a_job(tmp_path: Path) -> None:
         under_way = await begin(models, "a")
         (process,) = processes()
         assert process.environ()["CUDA_VISIBLE_DEVICES"] == "3"
+        assert process.environ()["GGML_VK_VISIBLE_DEVICES"] == "3"
         assert int(process.cmdline()[-1]) > 1000
         await models.sweep()
         assert process.is_running()
@@ -215,4 +216,5 @@ async def test_a_model_on_a_gpu_makes_way_for_a_job(tmp_path: Path) -> None:
         assert (await ask(models, "a"))[-1] == Done("length", 2)
         (process,) = processes()
         assert process.environ()["CUDA_VISIBLE_DEVICES"] == ""
+        assert process.environ()["GGML_VK_VISIBLE_DEVICES"] == ""
         assert process.cmdline()[-1] == "0"
