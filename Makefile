@@ -8,6 +8,8 @@ REAL ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that `make test` runs the tests in.
+WORKERS ?= 2
 
 .PHONY: install demo serve test lint chaos bench clean
 
@@ -29,8 +31,9 @@ demo: install
 serve: install
 	$(BIN)/tuneyard serve
 
+# Each worker's processes compute on one thread: more would stand in the other worker's way.
 test: install lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
