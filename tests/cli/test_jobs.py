@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from shared.queue import Doorbell
 from shared.repository import keys
 from shared.settings import Settings
 from shared.tables import WorkerRow
+from tests.cli.command import run_command
 from tests.cli.test_serve import Served
 from tests.conftest import TEST_DATABASE, empty_database, wait_for
 from worker.supervisor import Supervisor
@@ -57,14 +57,7 @@ def tuneyard(box: Settings) -> Run:
     environment["TUNEYARD_DATA_DIR"] = str(box.root)
 
     def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cli.main", *arguments],
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run_command(environment | more, *arguments)
 
     return run
 

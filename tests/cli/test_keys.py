@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from shared.errors import Unauthorized
 from shared.ids import hash_api_key
 from shared.repository import audit, keys, owners
 from shared.settings import Settings
+from tests.cli.command import run_command
 from tests.conftest import TEST_DATABASE
 
 
@@ -30,42 +29,31 @@ def box(settings: Settings, database: Database) -> dict[str, str]:
     return environment
 
 
-def tuneyard(box: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cli.main", *arguments],
-        env=box,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_a_key_is_made_shown_once_listed_and_revoked(box: dict[str, str], database: Database) -> None:
-    made = tuneyard(box, "keys", "create", "ann")
+    made = run_command(box, "keys", "create", "ann")
     assert made.returncode == 0
     key = made.stdout.splitlines()[-1]
     assert key.startswith("ty-")
     with database.read() as session:
         row = keys.find_key(session, key)
         assert (row.name, row.admin, row.key_hash) == ("ann", False, hash_api_key(key))
-    listed = tuneyard(box, "keys", "list").stdout
+    listed = run_command(box, "keys", "list").stdout
     assert "ann" in listed
     assert key not in listed
-    assert tuneyard(box, "keys", "revoke", str(row.id)).returncode == 0
+    assert run_command(box, "keys", "revoke", str(row.id)).returncode == 0
     with pytest.raises(Unauthorized, match="revoked"), database.read() as session:
         keys.find_key(session, key)
-    assert "revoked" in tuneyard(box, "keys", "list").stdout
+    assert "revoked" in run_command(box, "keys", "list").stdout
 
 
 def test_an_admin_key_is_one(box: dict[str, str], database: Database) -> None:
-    key = tuneyard(box, "keys", "create", "root", "--admin").stdout.splitlines()[-1]
+    key = run_command(box, "keys", "create", "root", "--admin").stdout.splitlines()[-1]
     with database.read() as session:
         assert keys.find_key(session, key).admin
 
 
 def test_a_key_may_be_for_high_priority(box: dict[str, str], database: Database) -> None:
-    key = tuneyard(box, "keys", "create", "ann", "--high").stdout.splitlines()[-1]
+    key = run_command(box, "keys", "create", "ann", "--high").stdout.splitlines()[-1]
     with database.read() as session:
         found = keys.find_key(session, key)
     assert (found.admin, found.high) == (False, True)
@@ -96,20 +84,20 @@ def test_quotas_of_an_owner(
 
 
 def test_the_key_itself_is_nowhere_on_disk(box: dict[str, str], settings: Settings) -> None:
-    key = tuneyard(box, "keys", "create", "ann").stdout.splitlines()[-1]
+    key = run_command(box, "keys", "create", "ann").stdout.splitlines()[-1]
     held = [p for p in Path(settings.root).rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
     assert held == []
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x", "x" * 101, "a\nb"])
 def test_an_owner_has_a_plain_name(box: dict[str, str], name: str) -> None:
-    refused = tuneyard(box, "keys", "create", "--", name)
+    refused = run_command(box, "keys", "create", "--", name)
     assert refused.returncode != 0
     assert "NAME is 1 to 100" in refused.stderr
 
 
 def test_revoking_what_is_not_there_says_so_in_one_line(box: dict[str, str]) -> None:
-    refused = tuneyard(box, "keys", "revoke", "77")
+    refused = run_command(box, "keys", "revoke", "77")
     assert refused.returncode == 1
     assert refused.stderr.strip() == "Error: No API key 77: `tuneyard keys list` shows their numbers."
 
