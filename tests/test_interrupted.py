@@ -103,7 +103,7 @@ def test_killed_paused_and_stopped_it_ends_as_if_nothing_had_happened(
     wait_for(lambda: box.client.job(job_id)["attempt"] == 2 and step_of(box.client, job_id) > 12, 90)
 
     assert box.client.pause(job_id)["status"] == "pausing"
-    wait_for(lambda: box.client.job(job_id)["status"] == "paused", 30)
+    wait_for(lambda: box.client.job(job_id)["status"] == "paused")
     paused_at = max(box.checkpoints(job_id))
     assert paused_at > 12
     assert box.client.resume(job_id)["status"] == "queued"

@@ -27,7 +27,7 @@ from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
 from shared.settings import Settings
 from shared.tables import ArtifactRow
-from tests.conftest import wait_for
+from tests.conftest import PATIENCE, wait_for
 
 URL = "http://localhost"
 SPEC: dict[str, Any] = {"model": "bundled/smollm2-135m-instruct", "max_seq_length": 512}
@@ -148,7 +148,7 @@ class Live:
         return {"Authorization": f"Bearer {self.key}"}
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=self.headers, timeout=10)
+        return httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE)
 
     def append(self, job_id: str, *messages: str) -> None:
         with self.database.write() as session:
@@ -191,7 +191,7 @@ def live(settings: Settings, database: Database, owner_keys: dict[str, str]) -> 
         yield running
 
 
-async def eventually(look: Callable[[], Awaitable[Any]], seconds: float = 10.0) -> Any:
+async def eventually(look: Callable[[], Awaitable[Any]], seconds: float = PATIENCE) -> Any:
     """As `wait_for`, for what must be awaited."""
     deadline = time.monotonic() + seconds
     while not (seen := await look()):

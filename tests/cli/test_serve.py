@@ -119,7 +119,7 @@ def test_what_dies_is_brought_back(served: Served) -> None:
     before = served.parts()
     for part in before.values():
         part.kill()
-    wait_for(lambda: set(served.parts()) == set(before) and served.answers(url, "/readyz"), 30)
+    wait_for(lambda: set(served.parts()) == set(before) and served.answers(url, "/readyz"))
     assert {p.pid for p in served.parts().values()}.isdisjoint({p.pid for p in before.values()})
     assert wait_for(lambda: served.get(url, "/system").json()["workers"])
 
@@ -131,7 +131,7 @@ def test_when_serve_is_killed_its_parts_end_and_the_next_start_is_clean(
     parts = served.parts()
     served.process.kill()
     served.process.wait()
-    assert wait_for(lambda: not any(parts[name].is_running() for name in ("api", "worker", "inference")), 20)
+    assert wait_for(lambda: not any(parts[name].is_running() for name in ("api", "worker", "inference")))
     again = Served(tmp_path / "data")
     again.ready()
     assert wait_for(lambda: not parts["valkey"].is_running())

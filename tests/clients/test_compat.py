@@ -12,7 +12,7 @@ def test_every_answer_is_of_the_clients_type(box: Box) -> None:
     with box.client() as client, receiver() as hook:
 
         def wait(job_id: str) -> None:
-            wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ENDED, 30)
+            wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ENDED)
 
         lines = probe(client, hook.url, wait)
     assert [line for line in lines if line.verdict == "WRONG"] == []

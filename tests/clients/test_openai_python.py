@@ -38,7 +38,7 @@ def finished(client: openai.OpenAI, job_id: str) -> FineTuningJob:
         found[:] = [client.fine_tuning.jobs.retrieve(job_id)]
         return found[0].status in ENDED
 
-    wait_for(look, 30)
+    wait_for(look)
     return found[0]
 
 

@@ -44,7 +44,7 @@ def test_an_end_is_told_signed_and_again_until_it_is_taken(
         others = bob.webhooks.create(name="bob", url=f"{hook.url}&bob", event_types=EVENTS)
     hook.statuses = [500, 302, 200]
     job_id = start(client, "succeed")
-    wait_for(lambda: len(hook.taken) == 3, 30)
+    wait_for(lambda: len(hook.taken) == 3)
     for headers, body in hook.taken:
         event = client.webhooks.unwrap(body, headers, secret=made.signing_secret)
         assert event.type == "fine_tuning.job.succeeded"
@@ -59,9 +59,9 @@ def test_an_end_is_told_signed_and_again_until_it_is_taken(
         client.webhooks.unwrap(body, headers, secret=others.signing_secret)
     assert wait_for(lambda: client.webhooks.retrieve(made.id).model_extra == {"last_error": None})
     failed, cancelled = start(client, "fail"), start(client, "forever")
-    wait_for(lambda: client.fine_tuning.jobs.retrieve(cancelled).status == "running", 30)
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(cancelled).status == "running")
     client.fine_tuning.jobs.cancel(cancelled)
-    wait_for(lambda: len(hook.taken) == 5, 30)
+    wait_for(lambda: len(hook.taken) == 5)
     told = [json.loads(body) for _, body in hook.taken[3:]]
     assert [(event["type"], event["data"]["id"]) for event in told] == [
         ("fine_tuning.job.failed", failed),
@@ -117,7 +117,7 @@ def test_a_webhook_that_nobody_answers_is_told_of(client: openai.OpenAI) -> None
         client.webhooks.test(made.id, event_type=EVENTS[0])
     assert caught.value.code == "webhook_unreachable"
     start(client, "succeed")
-    wait_for(lambda: (client.webhooks.retrieve(made.id).model_extra or {})["last_error"], 30)
+    wait_for(lambda: (client.webhooks.retrieve(made.id).model_extra or {})["last_error"])
     client.webhooks.delete(made.id)
 
 

@@ -11,6 +11,7 @@ from shared.database import Database
 from shared.device import Device
 from shared.queue import Doorbell
 from shared.settings import Settings
+from tests.conftest import PATIENCE
 from worker.supervisor import Supervisor
 
 CPU = Device("cpu", 0, "CPU", 8 << 30)
@@ -45,5 +46,5 @@ def start(settings: Settings, database: Database, doorbell: Doorbell) -> Iterato
     yield begin
     for supervisor, thread in running:
         supervisor.stop()
-        thread.join(timeout=20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()

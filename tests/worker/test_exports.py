@@ -39,7 +39,7 @@ def wait_export(database: Database, export_id: str, *wanted: str) -> ExportTask:
         task = read(database, export_id)
         return task if task is not None and task.status in wanted else None
 
-    found = wait_for(look, 20)
+    found = wait_for(look)
     assert found is not None
     return found
 

@@ -100,8 +100,8 @@ def test_a_job_gets_the_process_that_waited_and_the_next_one_another(
 def test_a_job_that_comes_before_the_imports_are_done_is_not_lost(
     start: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCH_TEST_SLOW_IMPORT_SECONDS", "4")
-    start(standby="auto", lease_seconds=2)
+    monkeypatch.setenv("TORCH_TEST_SLOW_IMPORT_SECONDS", "6")
+    start(standby="auto", lease_seconds=4)
     job_id = make_job(database)
     job = wait_status(database, job_id, "succeeded", "failed")
     assert (job.status, job.attempt) == ("succeeded", 1)

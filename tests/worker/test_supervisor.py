@@ -20,7 +20,7 @@ from shared.settings import Settings
 from shared.storage import Store
 from shared.tables import Job, LogEntry
 from shared.valkey import EmbeddedValkey
-from tests.conftest import wait_for
+from tests.conftest import PATIENCE, wait_for
 from tests.samples import add_dataset, make_job
 from tests.worker.conftest import CPU, Start
 from worker.supervisor import Supervisor
@@ -46,7 +46,7 @@ def live_workers(database: Database) -> int:
         return len(keys.live_workers(session, utcnow() - timedelta(minutes=1)))
 
 
-def wait_status(database: Database, job_id: str, *wanted: str, seconds: float = 20) -> Job:
+def wait_status(database: Database, job_id: str, *wanted: str, seconds: float = PATIENCE) -> Job:
     return wait_for(lambda: (job := read(database, job_id)).status in wanted and job, seconds) or read(
         database, job_id
     )
@@ -196,12 +196,15 @@ def test_a_stopped_supervisor_hands_its_jobs_back_at_once(start: Start, database
 def test_a_frozen_child_loses_its_job_and_writes_nothing_when_it_wakes(
     start: Start, database: Database
 ) -> None:
-    start(lease_seconds=3.0)
+    # Nothing runs out by itself, however slowly a process starts.
+    start(lease_seconds=600)
     job_id = make_job(database, name="forever")
     first = wait_for(lambda: child_pid(database, job_id))
     assert first is not None
     os.kill(first, signal.SIGSTOP)
-    wait_for(lambda: read(database, job_id).attempt >= 2, 20)
+    with database.write() as session:
+        jobs.lock_job(session, job_id, None).lease_expires_at = utcnow()
+    wait_for(lambda: read(database, job_id).attempt == 2)
     second = wait_for(lambda: (pid := child_pid(database, job_id)) != first and pid)
     assert wait_for(lambda: not psutil.pid_exists(first))
     assert psutil.pid_exists(int(second))
@@ -248,7 +251,7 @@ def test_redis_killed_in_mid_job_changes_nothing(
         assert bell.ring(after)
         assert wait_status(database, after, "succeeded").status == "succeeded"
         supervisor.stop()
-        thread.join(timeout=20)
+        thread.join(PATIENCE)
         bell.close()
 
 

@@ -69,9 +69,9 @@ async def test_a_large_file_is_looked_into_later(
         found = (await api.ann.get(f"/datasets/{dataset_id}")).json()
         return found if found["status"] != "uploaded" else None
 
-    good = await eventually(lambda: looked_into(first["id"]), 30)
+    good = await eventually(lambda: looked_into(first["id"]))
     assert (good["status"], good["report"]["rows_used"]) == ("processed", 20)
-    bad = await eventually(lambda: looked_into(broken["id"]), 30)
+    bad = await eventually(lambda: looked_into(broken["id"]))
     assert bad["status"] == "error"
     assert "line 21" in bad["error"].lower()
 
@@ -132,7 +132,7 @@ async def test_an_upload_that_nobody_looked_into_is_found_at_the_start(api: Api,
         answer = await api.ann.get(f"/datasets/{dataset['id']}")
         return bool(answer.json()["status"] == "processed")
 
-    await eventually(looked_into, 30)
+    await eventually(looked_into)
 
 
 def _change(api: Api, settings: Settings) -> None:

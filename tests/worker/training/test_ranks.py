@@ -104,7 +104,7 @@ def test_a_rank_that_dies_ends_the_job_and_says_so(tmp_path: Path, tiny_model: P
     sink = MemorySink()
 
     def kill() -> None:
-        wait_for(lambda: sink.rows, 60)
+        wait_for(lambda: sink.rows)
         os.kill(ranks()[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)

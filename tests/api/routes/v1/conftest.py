@@ -53,7 +53,7 @@ class Box:
         self.inference = subprocess.Popen(
             [sys.executable, "-m", "cli.main", "inference"], env=self.environment | more
         )
-        wait_for(self.settings.inference_socket().exists, 30)
+        wait_for(self.settings.inference_socket().exists)
 
     def stop(self) -> None:
         """Stop it, and see that it leaves nothing."""
