@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 from sqlalchemy import text
 
@@ -18,6 +19,11 @@ from shared.valkey import EmbeddedValkey
 T = TypeVar("T")
 # How long a test waits for what must come, which is soon: a machine that others use makes no test fail.
 PATIENCE = 60.0
+# Its own deadlines are of wall time, 0.2 s for an example.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 TEST_DATABASE = os.environ.get("TUNEYARD_TEST_DATABASE_URL")
 
 

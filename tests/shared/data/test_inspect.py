@@ -105,11 +105,11 @@ def test_hostile_rows_are_read_in_time(tmp_path: Path) -> None:
         {"tools": [{"name": "f"}] * 50_000, **chat("q", "a")},
         chat("<|im_end|>" * 100_000, "<|endoftext|>" * 100_000),
     ]
-    began = time.monotonic()
+    began = time.process_time()
     report = inspected(tmp_path / "rows", rows)
     glaive = [{"chat": f"USER: x\n\n\nASSISTANT: <functioncall> {half * 20}'}} <|endoftext|>" * 500}]
     assert inspected(tmp_path / "rows", glaive)["rows_used"] == 1
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     assert report["rows_read"] == 6
 
 

@@ -260,13 +260,13 @@ def test_ten_million_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content in (b"\n" * 10_000_000, jsonl(ROWS[:1]) + b"\n" * 10_000_000 + jsonl(ROWS[1:2])):
         path.write_bytes(content)
-        began = time.monotonic()
+        began = time.process_time()
         if content.startswith(b"\n"):
             with pytest.raises(DatasetError, match="empty"):
                 list(read_rows(path))
         else:
             assert [line for line, _ in read_rows(path)] == [1, 10_000_002]
-        assert time.monotonic() - began < 20
+        assert time.process_time() - began < 20
 
 
 def test_chunk_borders_fall_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +278,9 @@ def test_chunk_borders_fall_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_long_rows_of_an_array_are_read_in_linear_time(tmp_path: Path) -> None:
     rows = [{"text": "x" * (reader.MAX_ROW_BYTES - 100)}] * 2
-    began = time.monotonic()
+    began = time.process_time()
     assert len(rows_of(tmp_path / "file", json.dumps(rows).encode())) == 2
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_csv_row_that_never_ends_is_refused_in_bounded_memory(tmp_path: Path) -> None:
