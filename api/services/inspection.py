@@ -147,7 +147,9 @@ def child_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 
 async def _inspect_in_child(path: Path, format_name: str) -> Finding:
-    process = await asyncio.create_subprocess_exec(
+    size = await to_thread.run_sync(os.path.getsize, path)
+    seconds = CHILD_SECONDS + CHILD_SECONDS_PER_BYTE * size
+    start = asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         CHILD,
@@ -159,17 +161,20 @@ async def _inspect_in_child(path: Path, format_name: str) -> Finding:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    size = await to_thread.run_sync(os.path.getsize, path)
-    seconds = CHILD_SECONDS + CHILD_SECONDS_PER_BYTE * size
+    # A start that is cancelled half way would leave its pipes open.
+    starting = asyncio.create_task(start)
     try:
         async with asyncio.timeout(seconds):
+            process = await asyncio.shield(starting)
             output, complaints = await process.communicate()
     except TimeoutError:
         return Finding(format_name, error=f"The file could not be looked into in {seconds / 60:.0f} minutes.")
     finally:
+        process = await starting
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            # Its pipes have to end too: a loop that is closed before fails with them.
+            await process.communicate()
     if process.returncode != 0:
         logger.error("Looking into %s failed: %s", path, complaints.decode(errors="replace")[-2000:])
         return Finding(

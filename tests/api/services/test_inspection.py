@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
+import uvloop
 
 from api.services import inspection
 from api.services.inspection import AT_ONCE, Finding, Inspector
@@ -15,7 +17,7 @@ from shared.repository import files
 from shared.settings import Settings
 from shared.storage import Store
 from shared.tables import DatasetRow
-from tests.api.conftest import GOOD_ROW
+from tests.api.conftest import GOOD_ROW, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -122,3 +124,24 @@ async def test_a_child_that_takes_too_long_is_ended(
     assert found.status == "error"
     assert found.error is not None
     assert "minutes" in found.error
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01, 0.1])
+def test_a_server_that_stops_ends_a_child_with_its_pipes(tmp_path: Path, seconds: float) -> None:
+    """At every moment of its life; uvloop, which serves, can't be closed with pipes that are open."""
+    (tmp_path / "rows.jsonl").write_bytes(GOOD_ROW % 1)
+
+    async def stop_in_the_middle() -> None:
+        looking = asyncio.create_task(inspection._inspect_in_child(tmp_path / "rows.jsonl", "auto"))
+        await eventually(_children)
+        await asyncio.sleep(seconds)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(stop_in_the_middle())
+    assert not asyncio.run(_children())
+
+
+async def _children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if inspection.CHILD in child.cmdline()]
