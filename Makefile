@@ -44,7 +44,7 @@ chaos: install
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) --real $(REAL)
 
 bench: install
-	$(BIN)/python bench/service.py
+	$(BIN)/python -m bench.service
 	$(BIN)/python bench/data.py
 
 clean:

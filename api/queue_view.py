@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from api.schemas import QueuePlaceOut
 from shared.clock import utcnow
@@ -26,13 +27,21 @@ LOOK_TIMES, LOOK_TIMES_FOR_NEW = 20.0, 5.0
 IDLE_SECONDS = 60.0
 
 
+class _Place(NamedTuple):
+    """A job's place: its number from 1 and when it is expected to start, or the quota that holds it."""
+
+    position: int | None
+    start: datetime | None
+    held_by: str | None
+
+
 @dataclass(frozen=True)
 class _Look:
     """The queue at one moment, and how long it took to look."""
 
     taken_at: float
     took: float
-    places: dict[str, QueuePlaceOut]
+    places: dict[str, _Place]
 
 
 class QueueView:
@@ -53,7 +62,11 @@ class QueueView:
                 with self._database.read() as session:
                     places = _places(session, self._settings)
                 look = self._look = _Look(now, time.monotonic() - now, places)
-            return look.places.get(job_id)
+        found = look.places.get(job_id)
+        if found is None:
+            return None
+        position, start, held_by = found
+        return QueuePlaceOut(position=position, of=len(look.places), expected_start=start, held_by=held_by)
 
     def forget(self) -> None:
         """What was seen is out of date."""
@@ -61,7 +74,7 @@ class QueueView:
             self._look = _Look(-math.inf, 0.0, {})
 
 
-def _places(session: Session, settings: Settings) -> dict[str, QueuePlaceOut]:
+def _places(session: Session, settings: Settings) -> dict[str, _Place]:
     found = queue.waiting(session)
     standings = owners.standings(session, settings, {job.owner for job in found})
     held_by = {owner: standing.held_by for owner, standing in standings.items()}
@@ -71,17 +84,12 @@ def _places(session: Session, settings: Settings) -> dict[str, QueuePlaceOut]:
     boxes = _boxes(session, settings, now)
     starts = expected_starts(boxes, [(job.gpus, job.seconds) for job in ordered])
     places = {
-        job.id: QueuePlaceOut(
-            position=position, of=len(found), expected_start=_start(job, seconds, now), held_by=None
-        )
+        job.id: _Place(position, _start(job, seconds, now), None)
         for position, (job, seconds) in enumerate(zip(ordered, starts, strict=True), start=1)
     }
     for job in found:
         if job.id not in places:
-            held = QueuePlaceOut(
-                position=None, of=len(found), expected_start=None, held_by=held_by[job.owner]
-            )
-            places[job.id] = held
+            places[job.id] = _Place(None, None, held_by[job.owner])
     return places
 
 

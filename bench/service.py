@@ -1,10 +1,11 @@
 """The service measured: requests, followers of a log, claims, memory.
 
-    python bench/service.py [--seconds 4] [--follow-seconds 20] [--claims 10] [--only requests,follow,claims]
+    python -m bench.service [--small] [--seconds 4] [--follow-seconds 20] [--claims 10] [--only PART,PART]
 
 Starts real servers (`tuneyard serve`, SQLite, the embedded Valkey) in folders of their own and loads them
 over the loopback, each measurement for a bounded time. The load comes from this machine too: what clients
-and emitter take of its cores, the server does not have.
+and emitter take of its cores, the server does not have. Parts: requests, follow, claims, storage, and how
+everything grows with owners, queued, finished, entries and spread (log entries of one job, and of many).
 """
 
 from __future__ import annotations
@@ -12,163 +13,67 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.growth import AXES, SPEC, growth_table, storage_table
+from bench.serving import Connection, Running, Times, server
 from shared.clock import utcnow
 from shared.database import Database
 from shared.events import Entry
 from shared.ids import new_token
 from shared.lifecycle import JobStatus
 from shared.queue import Doorbell
-from shared.repository import leases, logs, queue
+from shared.repository import leases, logs
 from shared.settings import Settings
 from shared.storage import Store
 from worker.lease import JobLease
 from worker.sink import DatabaseSink
 
+PARTS = ("requests", "follow", "claims", "storage", *AXES)
 CLIENTS = (1, 20, 200)
-FOLLOWERS = 200
+FOLLOWERS = (50, 200, 500)
 ENTRIES_A_SECOND = 50
 LOG_ENTRIES = 200
-READY_SECONDS = 60
 MAX_REQUESTS = 50_000
-SPEC = b'{"model":"bundled/smollm2-135m-instruct","max_seq_length":512}'
 SENT = re.compile(rb'"sent_ns":(\d+)')
-
-
-@dataclass
-class Running:
-    """A server in a folder of its own."""
-
-    port: int
-    key: str
-    settings: Settings
-    process: subprocess.Popen[str]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=30)
-
-    def api_memory(self) -> int:
-        """Resident bytes of the API process."""
-        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            if b"api\0--fd" in Path(f"/proc/{child}/cmdline").read_bytes():
-                pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
-                return pages * os.sysconf("SC_PAGE_SIZE")
-        raise RuntimeError("the server has no API process")
-
-
-@dataclass
-class Times:
-    """Latencies of one measurement, in milliseconds."""
-
-    values: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    failed: int = 0
-
-    def quantile(self, share: float) -> float:
-        ordered = sorted(self.values)
-        return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else float("nan")
-
-
-class Connection:
-    """One keep-alive connection that costs the client next to nothing, so that the server is measured."""
-
-    def __init__(self, running: Running) -> None:
-        self._port = running.port
-        self._head = f"Host: 127.0.0.1\r\nAuthorization: Bearer {running.key}\r\n"
-
-    async def __aenter__(self) -> Connection:
-        self.reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 22)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def send(self, method: str, path: str, body: bytes = b"", accept: str = "*/*") -> None:
-        head = (
-            f"{method} {path} HTTP/1.1\r\n{self._head}Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        self._writer.write(head.encode() + body)
-
-    async def head(self) -> bytes:
-        return await self.reader.readuntil(b"\r\n\r\n")
-
-    async def request(self, method: str, path: str, body: bytes = b"") -> int:
-        """The status of an answer that has been read to its end."""
-        self.send(method, path, body)
-        head = await self.head()
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
-        await self.reader.readexactly(length)
-        return int(head[9:12])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4, help="of each request measurement")
-    parser.add_argument("--follow-seconds", type=float, default=20, help="of the followers' measurement")
+    parser.add_argument("--follow-seconds", type=float, default=20, help="of each followers' measurement")
     parser.add_argument("--claims", type=int, default=10, help="jobs to wait for being claimed")
-    parser.add_argument("--only", default="requests,follow,claims", help="which measurements")
+    parser.add_argument("--only", default=",".join(PARTS), help="which measurements")
+    parser.add_argument("--small", action="store_true", help="a tenth of everything, in a minute or two")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     parts = arguments.only.split(",")
-    if "requests" in parts or "follow" in parts:
+    if "requests" in parts:
         with server("--no-worker") as running:
             time.sleep(2)
             idle = running.api_memory()
-            if "requests" in parts:
-                console.print(measure_requests(running, arguments.seconds))
-            if "follow" in parts:
-                console.print(measure_followers(running, arguments.follow_seconds))
+            console.print(measure_requests(running, arguments.seconds))
             console.print(memory_table(idle, running.api_memory()))
+    if "follow" in parts:
+        shrink = 10 if arguments.small else 1
+        counts = [count // shrink for count in FOLLOWERS]
+        console.print(measure_followers(counts, arguments.follow_seconds / shrink))
     if "claims" in parts:
         with server("--workers", "1") as running:
             console.print(measure_claims(running, arguments.claims))
-
-
-@contextmanager
-def server(*options: str) -> Iterator[Running]:
-    """`tuneyard serve` on a free port, until the block ends."""
-    with tempfile.TemporaryDirectory(prefix="ty-bench-") as folder:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TUNEYARD_")},
-            "TUNEYARD_MAX_QUEUED_JOBS": str(10**9),
-        }
-        command = [sys.executable, "-m", "cli.main", "serve", "--port", "0", "--data-dir", folder, *options]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
-        try:
-            if process.stdout is None:
-                raise RuntimeError("the server has no output")
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
-            if found is None:
-                raise RuntimeError("the server did not start: run `tuneyard serve` to see why")
-            settings = Settings(data_dir=Path(folder))
-            key = settings.local_key_file.read_text().strip()
-            yield Running(int(found.group(1)), key, settings, process)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(READY_SECONDS)
+    if "storage" in parts:
+        console.print(storage_table())
+    for axis in AXES:
+        if axis in parts:
+            console.print(growth_table(axis, small=arguments.small))
 
 
 def measure_requests(running: Running, seconds: float) -> Table:
@@ -222,38 +127,41 @@ async def load(running: Running, clients: int, seconds: float, method: str, path
     return times
 
 
-def measure_followers(running: Running, seconds: float) -> Table:
+def measure_followers(counts: list[int], seconds: float) -> Table:
     """The delay from a pipeline's emit to the receipt by each of the followers of one log."""
-    database = Database(running.settings.database())
-    with running.client() as client:
-        # Nothing else may be claimed by the emitter.
-        with database.write() as session:
-            _cancel_queued(session)
-        job_id = client.post("/jobs", content=SPEC).json()["id"]
-    times = Times()
-    context = multiprocessing.get_context("spawn")
-    emitter = context.Process(target=emit, args=(str(running.settings.root), job_id, seconds))
-    ended = asyncio.run(follow(running, job_id, emitter.start, times))
-    emitter.join()
-    database.close()
-    expected = int(seconds * ENTRIES_A_SECOND) * FOLLOWERS
-    table = Table("figure", "value", title="Emit to receipt of a server-sent event")
-    table.add_row("followers", str(FOLLOWERS))
-    table.add_row("entries a second", str(ENTRIES_A_SECOND))
-    table.add_row("events received / sent", f"{len(times.values):,} / {expected:,}")
-    table.add_row("streams that ended well", f"{ended} / {FOLLOWERS}")
-    for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)):
-        table.add_row(f"{name} ms", f"{times.quantile(share):.0f}")
+    table = Table(
+        "figure", *map(str, counts), title=f"Followers of one log, {ENTRIES_A_SECOND} entries a second"
+    )
+    columns = []
+    for count in counts:
+        with server("--no-worker") as running:
+            with running.client() as client:
+                job_id = client.post("/jobs", content=SPEC).json()["id"]
+            times = Times()
+            emitter = multiprocessing.get_context("spawn").Process(
+                target=emit, args=(str(running.settings.root), job_id, seconds)
+            )
+            idle, began = running.api_memory(), running.api_seconds()
+            ended = asyncio.run(follow(running, count, job_id, emitter.start, times))
+            emitter.join()
+            sent = int(seconds * ENTRIES_A_SECOND) * count
+            columns.append(
+                {
+                    "events received / sent": f"{len(times.values):,} / {sent:,}",
+                    "streams that ended well": str(ended),
+                    "p50 / p99 ms": f"{times.quantile(0.5):.0f} / {times.quantile(0.99):.0f}",
+                    "p99.9 / max ms": f"{times.quantile(0.999):.0f} / {times.quantile(1.0):.0f}",
+                    "API memory before / after, MB": f"{idle / 1e6:.0f} / {running.api_memory() / 1e6:.0f}",
+                    "API processor seconds a second": f"{(running.api_seconds() - began) / seconds:.2f}",
+                }
+            )
+    for name in columns[0]:
+        table.add_row(name, *[column[name] for column in columns])
     return table
 
 
-def _cancel_queued(session: Any) -> None:
-    for job in queue.waiting(session):
-        leases.claim(session, job.id, "bench", new_token(), utcnow() + timedelta(hours=1))
-
-
 async def follow(
-    running: Running, job_id: str, start: Callable[[], Awaitable[None] | None], times: Times
+    running: Running, count: int, job_id: str, start: Callable[[], Awaitable[None] | None], times: Times
 ) -> int:
     """Follow with all clients, then start the emitter; how many streams came to their end."""
     path = f"/jobs/{job_id}/logs?after=1"
@@ -273,7 +181,7 @@ async def follow(
             return False
 
     ready = asyncio.Semaphore(0)
-    followers = [asyncio.create_task(follower(ready)) for _ in range(FOLLOWERS)]
+    followers = [asyncio.create_task(follower(ready)) for _ in range(count)]
     for _ in followers:
         await ready.acquire()
     start()

@@ -6,6 +6,7 @@ SQLite's write lock at once, so that no reader has to be upgraded to a writer ha
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -64,16 +65,23 @@ class Database:
 
 def _create_engine(url: str) -> Engine:
     if not make_url(url).drivername.startswith("sqlite"):
-        return create_engine(url, pool_size=20, max_overflow=30, pool_pre_ping=True)
+        return create_engine(
+            url, pool_size=20, max_overflow=30, pool_pre_ping=True, json_serializer=_compact_json
+        )
     engine = create_engine(
         url,
         connect_args={"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False},
         pool_size=20,
         max_overflow=30,
+        json_serializer=_compact_json,
     )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _compact_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _configure_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:

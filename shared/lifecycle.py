@@ -53,6 +53,8 @@ class ExportStatus(StrEnum):
 UNDER_WAY = frozenset({ExportStatus.QUEUED, ExportStatus.RUNNING})
 TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
+OPEN = frozenset(JobStatus) - TERMINAL
+
 # Statuses in which a worker holds a lease on the job.
 LEASED = frozenset({JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
 

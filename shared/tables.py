@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Column,
-    DateTime,
-    ForeignKey,
-    Index,
-    Integer,
-    String,
-    UniqueConstraint,
-)
-from sqlalchemy.engine import Dialect
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Index, String, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from shared.clock import month_of, utcnow
+from shared.columns import BIG_ID, Microseconds, UtcDateTime, Word
 
+# Kept by their places: new ones go to the end.
+LEVELS = ("info", "debug", "warning", "error")
+ENTRY_TYPES = ("message", "metrics", "phase")
 # The purpose of a file to train on.
 FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time; SQLite keeps it as text without a zone."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a time without a zone can't be stored")
-        moment = value.astimezone(UTC)
-        return moment if dialect.name != "sqlite" else moment.replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's signature
-        if value is None or value.tzinfo is not None:
-            return value
-        return value.replace(tzinfo=UTC)
-
-
-# SQLite counts up its INTEGER keys only.
-BIG_ID = BigInteger().with_variant(Integer, "sqlite")
 
 
 def _job_key(**options: Any) -> Any:
     return Field(
         sa_column=Column(String, ForeignKey("job.id", ondelete="CASCADE"), nullable=False, **options)
     )
+
+
+def _number_key() -> Any:
+    key = ForeignKey("job.number", ondelete="CASCADE")
+    return Field(sa_column=Column(BigInteger, key, primary_key=True, autoincrement=False))
 
 
 class ApiKey(SQLModel, table=True):
@@ -101,16 +75,27 @@ class Job(SQLModel, table=True):
 
     __tablename__ = "job"
     __table_args__ = (
+        # Every page is read from an index that has its rows in their order: of an owner's jobs or of all,
+        # and with one filter.
+        Index("ix_job_page", "created_at", "id"),
         Index("ix_job_owner_page", "owner", "created_at", "id"),
+        Index("ix_job_status_page", "status", "created_at", "id"),
+        Index("ix_job_owner_status_page", "owner", "status", "created_at", "id"),
+        Index("ix_job_model_page", "model", "created_at", "id"),
+        Index("ix_job_owner_model_page", "owner", "model", "created_at", "id"),
         Index("ix_job_claim", "status", "priority", "owner", "place", "id"),
-        Index("ix_job_owner_status", "owner", "status"),
+        Index("ix_job_news", "announced", "status"),
     )
 
     id: str = Field(primary_key=True)
+    # What its log's rows are kept under, for the id is long: random, so that nobody has to allot it.
+    number: int = Field(
+        default_factory=lambda: secrets.randbits(63), sa_type=BigInteger, unique=True, index=True
+    )
     owner: str
     status: str
     phase: str | None = None
-    model: str = Field(index=True)
+    model: str
     # 0 high, 1 normal, 2 low: the order in which they are claimed.
     priority: int
     # Where it stands among its owner's jobs of the same priority: when it was made, in nanoseconds, until the
@@ -141,19 +126,51 @@ class Job(SQLModel, table=True):
     run_seconds: float = 0
     attempt_started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     # Whether its owner's webhooks have been given the news of its end.
-    announced: bool = Field(default=False, index=True)
+    announced: bool = False
+
+
+class JobLabel(SQLModel, table=True):
+    """One of a job's metadata, with what a page of the jobs that have it goes by."""
+
+    __tablename__ = "job_label"
+    __table_args__ = (
+        Index("ix_job_label_owner_page", "owner", "key", "value", "created_at", "job_id"),
+        Index("ix_job_label_page", "key", "value", "created_at", "job_id"),
+    )
+
+    job_id: str = _job_key(primary_key=True)
+    key: str = Field(primary_key=True)
+    value: str
+    owner: str
+    created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class Tally(SQLModel, table=True):
+    """How often something has happened to an owner's jobs, so that nobody has to count the jobs of years."""
+
+    __tablename__ = "tally"
+
+    owner: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    label: str = Field(primary_key=True)
+    count: int = Field(default=0, sa_type=BigInteger)
+    total: float = 0
 
 
 class LogEntry(SQLModel, table=True):
-    """One entry of a job's log; `seq` counts from 1 without gaps."""
+    """One entry of a job's log; `seq` counts from 1 without gaps.
+
+    A row is its key and little else: there are a million of them.
+    """
 
     __tablename__ = "log_entry"
+    __table_args__ = {"sqlite_with_rowid": False}
 
-    job_id: str = _job_key(primary_key=True)
+    job_number: int = _number_key()
     seq: int = Field(primary_key=True, sa_type=BigInteger)
-    time: datetime = Field(sa_type=UtcDateTime)
-    level: str
-    type: str
+    time: datetime = Field(sa_type=Microseconds)
+    level: str = Field(sa_type=Word(*LEVELS))
+    type: str = Field(sa_type=Word(*ENTRY_TYPES))
     message: str
     data: dict[str, Any] | None = Field(default=None, sa_type=JSON)
 
@@ -162,8 +179,9 @@ class Metric(SQLModel, table=True):
     """One row a step; a step that a later attempt runs again replaces the earlier row."""
 
     __tablename__ = "metric"
+    __table_args__ = {"sqlite_with_rowid": False}
 
-    job_id: str = _job_key(primary_key=True)
+    job_number: int = _number_key()
     step: int = Field(primary_key=True)
     values: dict[str, Any] = Field(sa_type=JSON)
 
@@ -227,7 +245,12 @@ class DatasetRow(SQLModel, table=True):
     """
 
     __tablename__ = "dataset"
-    __table_args__ = (Index("ix_dataset_owner_page", "owner", "created_at", "id"),)
+    __table_args__ = (
+        Index("ix_dataset_page", "created_at", "id"),
+        Index("ix_dataset_owner_page", "owner", "created_at", "id"),
+        Index("ix_dataset_purpose_page", "purpose", "created_at", "id"),
+        Index("ix_dataset_owner_purpose_page", "owner", "purpose", "created_at", "id"),
+    )
 
     id: str = Field(primary_key=True)
     owner: str
@@ -288,7 +311,7 @@ class IdempotencyKey(SQLModel, table=True):
     owner: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
     body_hash: str
-    job_id: str = _job_key()
+    job_id: str = _job_key(index=True)
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
 
 
@@ -340,6 +363,8 @@ class WorkerRow(SQLModel, table=True):
     id: str = Field(primary_key=True)
     hostname: str
     slots: list[dict[str, Any]] = Field(sa_type=JSON)
+    # What its GPUs do: `{"index", "name", "memory_bytes", "used_bytes", "utilization"}` each.
+    gpus: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
     started_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
     seen_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
 

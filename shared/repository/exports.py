@@ -135,7 +135,8 @@ def any_under_way(session: Session) -> bool:
 
 def live_tokens(session: Session) -> set[str]:
     """The lease tokens of all attempts that run."""
-    return {str(t) for t in session.exec(select(ExportTask.lease_token)) if t is not None}
+    statement = select(ExportTask.lease_token).where(ExportTask.status == ExportStatus.RUNNING)
+    return {str(token) for token in session.exec(statement)}
 
 
 def give_back(session: Session, task: ExportTask, why: str) -> None:

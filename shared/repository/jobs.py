@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import and_, delete, func, or_
-from sqlalchemy.orm import object_session
+from sqlalchemy import delete, func, literal, or_, tuple_
+from sqlalchemy.orm import aliased, object_session
 from sqlmodel import Session, col, select
 
 from shared.clock import utcnow
+from shared.columns import UtcDateTime
 from shared.errors import InvalidRequest, NotFound, StateConflict
 from shared.events import Entry
-from shared.lifecycle import LEASED, TERMINAL, JobStatus, check_transition
-from shared.repository import exports, logs, owners
-from shared.tables import ArtifactRow, DatasetRow, IdempotencyKey, Job, Webhook
+from shared.lifecycle import LEASED, OPEN, TERMINAL, JobStatus, check_transition
+from shared.repository import exports, logs, owners, tallies
+from shared.tables import ArtifactRow, DatasetRow, IdempotencyKey, Job, JobLabel, Webhook
 
 IDEMPOTENCY_HOURS = 24
 
@@ -40,6 +41,12 @@ def add_job(session: Session, job: Job, entry: Entry) -> None:
     """Insert the job with the first entry of its log."""
     session.add(job)
     session.flush()
+    session.add_all(
+        [
+            JobLabel(job_id=job.id, key=key, value=value, owner=job.owner, created_at=job.created_at)
+            for key, value in job.user_metadata.items()
+        ]
+    )
     logs.append_entries(session, job.id, [entry])
 
 
@@ -94,43 +101,59 @@ def list_jobs(
         statement = statement.where(Job.status == status)
     if model is not None:
         statement = statement.where(Job.model == model)
+    order: tuple[Any, Any] | None = None
     for key, value in (metadata or {}).items():
-        statement = statement.where(col(Job.user_metadata)[key].as_string() == value)
-    return read_page(session, Job, statement, page, lambda after: get_job(session, after, owner))
+        label = aliased(JobLabel)
+        statement = statement.join(label, col(label.job_id) == col(Job.id))
+        statement = statement.where(label.key == key, label.value == value)
+        if order is None:
+            # The first of them gives the order, for its index has the jobs in it.
+            order = (label.created_at, label.job_id)
+            if owner is not None:
+                statement = statement.where(label.owner == owner)
+    return read_page(session, Job, statement, page, lambda after: get_job(session, after, owner), order)
 
 
 def read_page(
-    session: Session, table: type[Row], statement: Any, page: Page, find: Callable[[str], Row]
+    session: Session,
+    table: type[Row],
+    statement: Any,
+    page: Page,
+    find: Callable[[str], Row],
+    order: tuple[Any, Any] | None = None,
 ) -> tuple[list[Row], bool]:
     """One page of the rows that `statement` selects, in the page's order, and whether there are more.
 
     Args:
         find: the row of the id that the page comes after, or NotFound.
+        order: columns that hold the rows' time and id too, if the page is to be read by them.
 
     Raises:
         InvalidRequest: that row is not there to be seen.
     """
-    made, row_id = col(table.created_at), col(table.id)
+    made, row_id = order or (col(table.created_at), col(table.id))
     if page.after is not None:
         try:
             start = find(page.after)
         except NotFound as error:
             told = error.message.removesuffix(".")
             raise InvalidRequest(f"{told} to page on after.", param="after") from error
-        later = or_(made > start.created_at, and_(made == start.created_at, row_id > start.id))
-        earlier = or_(made < start.created_at, and_(made == start.created_at, row_id < start.id))
-        statement = statement.where(later if page.oldest_first else earlier)
-    order = (made, row_id) if page.oldest_first else (made.desc(), row_id.desc())
-    rows = list(session.exec(statement.order_by(*order).limit(page.limit + 1)))
+        # One comparison of both, for then an index is entered at the place.
+        here, there = tuple_(made, row_id), tuple_(literal(start.created_at, UtcDateTime), literal(start.id))
+        statement = statement.where(here > there if page.oldest_first else here < there)
+    by = (made, row_id) if page.oldest_first else (made.desc(), row_id.desc())
+    rows = list(session.exec(statement.order_by(*by).limit(page.limit + 1)))
     return rows[: page.limit], len(rows) > page.limit
 
 
 def count_by_status(session: Session, owner: str | None) -> dict[str, int]:
-    """How many jobs are in each status."""
-    statement = select(Job.status, func.count()).group_by(Job.status)
+    """How many jobs are in each status. Those that have ended were counted as they did."""
+    statement = select(Job.status, func.count()).where(col(Job.status).in_(OPEN)).group_by(Job.status)
     if owner is not None:
         statement = statement.where(Job.owner == owner)
-    return dict(session.exec(statement).all())
+    counts = dict(session.exec(statement).all())
+    ended = tallies.read(session, owner, [tallies.JOBS])[tallies.JOBS]
+    return counts | {status: found.times for status, found in ended.items() if found.times}
 
 
 def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
@@ -160,6 +183,19 @@ def set_status(job: Job, target: JobStatus, **changes: Any) -> None:
         job.worker = None
     for name, value in changes.items():
         setattr(job, name, value)
+    if target in TERMINAL:
+        _count_end(job)
+
+
+def _count_end(job: Job) -> None:
+    session = object_session(job)
+    if not isinstance(session, Session):
+        return
+    tallies.count(session, job.owner, tallies.JOBS, job.status)
+    if job.started_at is not None:
+        tallies.observe(session, job.owner, tallies.RUNNING, job.run_seconds)
+    if job.status == JobStatus.FAILED and job.failure:
+        tallies.count(session, job.owner, tallies.FAILURES, job.failure["code"])
 
 
 def request_cancel(session: Session, job_id: str, owner: str | None) -> Job:
@@ -244,6 +280,7 @@ def delete_job(session: Session, job_id: str, owner: str | None) -> None:
         raise StateConflict(f"The job is {job.status}: cancel it first, then delete it.")
     stored = select(func.sum(ArtifactRow.bytes)).where(ArtifactRow.job_id == job_id)
     owners.count_stored(session, job.owner, -int(session.exec(stored).one() or 0))
+    tallies.count(session, job.owner, tallies.JOBS, job.status, -1)
     session.delete(job)
 
 
@@ -267,6 +304,14 @@ def leased_jobs(session: Session, owner: str | None) -> list[tuple[str, str]]:
     if owner is not None:
         statement = statement.where(Job.owner == owner)
     return [(str(worker), job_id) for worker, job_id in session.exec(statement.order_by(col(Job.id)))]
+
+
+def tokens_per_second(session: Session, owner: str | None) -> float:
+    """What the jobs that train now do together, of those that the owner may see."""
+    statement = select(Job.progress).where(Job.status == JobStatus.RUNNING)
+    if owner is not None:
+        statement = statement.where(Job.owner == owner)
+    return sum((progress or {}).get("tokens_per_second") or 0.0 for progress in session.exec(statement))
 
 
 class HeldSlots(NamedTuple):
@@ -300,7 +345,7 @@ def uses_dataset(session: Session, dataset_id: str) -> bool:
     """Whether a job that has not ended needs the uploaded file."""
     spec = col(Job.spec)
     statement = select(Job.id).where(
-        col(Job.status).not_in(TERMINAL),
+        col(Job.status).in_(OPEN),
         or_(
             spec["dataset"]["file_id"].as_string() == dataset_id,
             spec["validation_dataset"]["file_id"].as_string() == dataset_id,

@@ -12,7 +12,7 @@ from shared.clock import utcnow
 from shared.errors import LeaseLost
 from shared.events import Entry
 from shared.lifecycle import LEASED, FailureCode, JobStatus, Phase
-from shared.repository import logs
+from shared.repository import logs, tallies
 from shared.repository.jobs import set_status
 from shared.tables import Job
 
@@ -29,6 +29,9 @@ def claim(session: Session, job_id: str, worker: str, token: str, expires_at: da
     job = lock_queued(session, job_id)
     if job is None:
         return None
+    now = utcnow()
+    if job.started_at is None:
+        tallies.observe(session, job.owner, tallies.WAITING, (now - job.created_at).total_seconds())
     set_status(
         job,
         JobStatus.RUNNING,
@@ -36,8 +39,8 @@ def claim(session: Session, job_id: str, worker: str, token: str, expires_at: da
         lease_token=token,
         lease_expires_at=expires_at,
         attempt=job.attempt + 1,
-        started_at=job.started_at or utcnow(),
-        attempt_started_at=utcnow(),
+        started_at=job.started_at or now,
+        attempt_started_at=now,
         progress=None,
     )
     entry = Entry(f"Claimed by worker {worker}.", data={"attempt": job.attempt, "worker": worker})

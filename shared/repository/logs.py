@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, insert, update
+from sqlalchemy import ScalarSelect, func, insert, update
 from sqlalchemy import select as sa_select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, delete, select
 
 from shared.errors import LeaseLost, NotFound
 from shared.events import Checkpoint, Entry
 from shared.lifecycle import LEASED, JobStatus
+from shared.repository.upsert import insert_into
 from shared.tables import CheckpointRow, Job, LogEntry, Metric
 
 
@@ -30,15 +31,16 @@ def append_entries(session: Session, job_id: str, entries: Sequence[Entry], toke
     if token is not None:
         statement = statement.where(col(Job.lease_token) == token, col(Job.status).in_(LEASED))
     statement = statement.values(last_seq=col(Job.last_seq) + len(entries))
-    last = session.execute(statement.returning(col(Job.last_seq))).scalar()
-    if last is None:
+    found = session.execute(statement.returning(col(Job.last_seq), col(Job.number))).first()
+    if found is None:
         if token is not None:
             raise LeaseLost(job_id)
         raise NotFound(f"No job {job_id}.", param="id", code="job_not_found")
+    last, number = found
     first = last - len(entries) + 1
     rows = [
         {
-            "job_id": job_id,
+            "job_number": number,
             "seq": first + i,
             "time": entry.time,
             "level": entry.level,
@@ -50,6 +52,11 @@ def append_entries(session: Session, job_id: str, entries: Sequence[Entry], toke
     ]
     session.execute(insert(LogEntry), rows)
     return int(last)
+
+
+def number_of(job_id: str) -> ScalarSelect[int]:
+    """What the rows of this job's log are kept under."""
+    return select(Job.number).where(Job.id == job_id).scalar_subquery()
 
 
 class StoredEntry(NamedTuple):
@@ -68,7 +75,7 @@ def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[
     # Columns, not objects: logs are read far more often than anything else, and this takes half the time.
     statement = (
         sa_select(*[col(getattr(LogEntry, name)) for name in StoredEntry._fields])
-        .where(col(LogEntry.job_id) == job_id, col(LogEntry.seq) > after)
+        .where(col(LogEntry.job_number) == number_of(job_id), col(LogEntry.seq) > after)
         .order_by(col(LogEntry.seq))
         .limit(limit)
     )
@@ -78,7 +85,7 @@ def read_entries(session: Session, job_id: str, after: int, limit: int) -> list[
 def read_newest(session: Session, job_id: str, before: int | None, limit: int) -> list[StoredEntry]:
     """Up to `limit` entries with seq < `before` (None: from the end), newest first."""
     statement = sa_select(*[col(getattr(LogEntry, name)) for name in StoredEntry._fields]).where(
-        col(LogEntry.job_id) == job_id
+        col(LogEntry.job_number) == number_of(job_id)
     )
     if before is not None:
         statement = statement.where(col(LogEntry.seq) < before)
@@ -103,7 +110,8 @@ def log_state(session: Session, job_id: str, owner: str | None) -> tuple[JobStat
 
 def first_seq(session: Session, job_id: str) -> int:
     """The oldest entry that is kept; 1 while nothing was cut."""
-    found = session.exec(select(func.min(LogEntry.seq)).where(LogEntry.job_id == job_id)).one()
+    statement = select(func.min(LogEntry.seq)).where(col(LogEntry.job_number) == number_of(job_id))
+    found = session.exec(statement).one()
     return int(found) if found is not None else 1
 
 
@@ -113,40 +121,47 @@ def put_metrics(session: Session, job_id: str, rows: Sequence[dict[str, Any]]) -
         return
     # A job that is resumed tells all of its rows again: one statement, and the last of a step's rows counts.
     last = {int(row["step"]): row for row in rows}
-    insert_into = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement = insert_into(Metric)
+    number = session.exec(select(Job.number).where(Job.id == job_id)).one()
+    statement = insert_into(session, Metric)
     statement = statement.on_conflict_do_update(
-        index_elements=["job_id", "step"], set_={"values": statement.excluded["values"]}
+        index_elements=["job_number", "step"], set_={"values": statement.excluded["values"]}
     )
-    session.execute(statement, [{"job_id": job_id, "step": s, "values": row} for s, row in last.items()])
+    session.execute(statement, [{"job_number": number, "step": s, "values": row} for s, row in last.items()])
 
 
 def read_metrics(
     session: Session, job_id: str, after: int = -1, limit: int | None = None
 ) -> list[dict[str, Any]]:
     """One row a step, oldest first: those of steps > `after`, at most `limit`."""
-    statement = select(col(Metric.values)).where(Metric.job_id == job_id, col(Metric.step) > after)
+    statement = select(col(Metric.values)).where(
+        col(Metric.job_number) == number_of(job_id), col(Metric.step) > after
+    )
     return [dict(values) for values in session.exec(statement.order_by(col(Metric.step)).limit(limit))]
 
 
 def metrics_at(session: Session, job_id: str, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
     """The rows of these steps, by step."""
-    statement = select(Metric.step, Metric.values).where(Metric.job_id == job_id, col(Metric.step).in_(steps))
+    statement = select(Metric.step, Metric.values).where(
+        col(Metric.job_number) == number_of(job_id), col(Metric.step).in_(steps)
+    )
     return {step: dict(values) for step, values in session.exec(statement)}
 
 
 def last_metrics(session: Session, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Each job's row of its last step, by job id."""
+    earlier = aliased(Metric)
     last = (
-        sa_select(col(Metric.job_id), func.max(col(Metric.step)).label("step"))
-        .where(col(Metric.job_id).in_(job_ids))
-        .group_by(col(Metric.job_id))
-        .subquery()
+        select(func.max(earlier.step))
+        .where(earlier.job_number == Job.number)
+        .correlate(Job)
+        .scalar_subquery()
     )
-    statement = sa_select(col(Metric.job_id), col(Metric.values)).join(
-        last, (col(Metric.job_id) == last.c.job_id) & (col(Metric.step) == last.c.step)
+    statement = (
+        select(Job.id, Metric.values)
+        .join(Metric, (col(Metric.job_number) == col(Job.number)) & (col(Metric.step) == last))
+        .where(col(Job.id).in_(job_ids))
     )
-    return {job_id: dict(values) for job_id, values in session.execute(statement)}
+    return {job_id: dict(values) for job_id, values in session.exec(statement)}
 
 
 def put_checkpoint(session: Session, job_id: str, checkpoint: Checkpoint, kept: Sequence[int]) -> None:

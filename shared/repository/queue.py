@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import and_, func, or_, update
+from sqlalchemy import func, literal, tuple_, update
 from sqlalchemy import select as sa_select
 from sqlmodel import Session, col, select
 
@@ -70,8 +70,7 @@ def read_line(session: Session, priority: int, owner: str, after: Job | None, li
         Job.status == JobStatus.QUEUED, Job.priority == priority, Job.owner == owner
     )
     if after is not None:
-        behind = and_(place == after.place, job_id > after.id)
-        statement = statement.where(or_(place > after.place, behind))
+        statement = statement.where(tuple_(place, job_id) > tuple_(literal(after.place), literal(after.id)))
     return list(session.exec(statement.order_by(place, job_id).limit(limit)))
 
 

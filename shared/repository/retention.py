@@ -76,7 +76,7 @@ def long_logs(session: Session, before: datetime | None, keep: int | None) -> li
 def _longer_than(entries: int) -> SelectOfScalar[str]:
     """Ended jobs with more entries than that: one look into the log's index for each."""
     more = exists().where(
-        col(LogEntry.job_id) == col(Job.id), col(LogEntry.seq) <= col(Job.last_seq) - entries
+        col(LogEntry.job_number) == col(Job.number), col(LogEntry.seq) <= col(Job.last_seq) - entries
     )
     return select(Job.id).where(col(Job.status).in_(TERMINAL), more)
 
@@ -90,7 +90,7 @@ def cut_log(session: Session, job_id: str, keep: int, why: str) -> int:
     cut = last - (keep - 1)
     if cut < first:
         return 0
-    session.exec(delete(LogEntry).where(col(LogEntry.job_id) == job_id, col(LogEntry.seq) <= cut))
+    session.exec(delete(LogEntry).where(col(LogEntry.job_number) == job.number, col(LogEntry.seq) <= cut))
     tell(session, job_id, f"{cut - first + 1} entries of this log were removed: {why}.")
     return cut - first + 1
 

@@ -42,6 +42,7 @@ def _trigger(name: str, event: str, what: str, job: str, told: str, detail: str,
 
 
 _CHANGED = "OLD.status IS NOT NEW.status OR OLD.lease_token IS NOT NEW.lease_token"
+_NUMBERED = "(SELECT id FROM job WHERE number = NEW.job_number)"
 _TRIGGERS = [
     _trigger("made", "INSERT ON job", "job", "NEW.id", "NULL", "NULL"),
     _trigger("changed", "UPDATE ON job", "job", "NEW.id", "NULL", "NEW.worker", _CHANGED),
@@ -52,15 +53,15 @@ _TRIGGERS = [
     END
     """,  # noqa: S608 - as above
     _trigger(
-        "entry", "INSERT ON log_entry", "entry", "NEW.job_id", "json_extract(NEW.data, '$.token')", "NEW.seq"
+        "entry", "INSERT ON log_entry", "entry", _NUMBERED, "json_extract(NEW.data, '$.token')", "NEW.seq"
     ),
     _trigger("artifact", "INSERT ON artifact", "artifact", "NEW.job_id", "NEW.key", "NEW.name"),
     _trigger(
-        "metric", "INSERT ON metric", "metric", "NEW.job_id", "json_extract(NEW.\"values\", '$.attempt')",
+        "metric", "INSERT ON metric", "metric", _NUMBERED, "json_extract(NEW.\"values\", '$.attempt')",
         "NEW.step",
     ),
     _trigger(
-        "metric_again", "UPDATE ON metric", "metric", "NEW.job_id",
+        "metric_again", "UPDATE ON metric", "metric", _NUMBERED,
         "json_extract(NEW.\"values\", '$.attempt')", "NEW.step",
     ),
     _trigger(

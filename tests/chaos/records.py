@@ -22,7 +22,6 @@ from shared.tables import (
     DatasetRow,
     ExportTask,
     Job,
-    Metric,
     OwnerRow,
     UploadPartRow,
 )
@@ -106,10 +105,8 @@ def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Tru
         truth.jobs = {job.id: job for job in session.exec(select(Job))}
         for job_id in truth.jobs:
             truth.entries[job_id] = logs.read_entries(session, job_id, 0, 1_000_000)
-            truth.metrics[job_id] = []
+            truth.metrics[job_id] = logs.read_metrics(session, job_id)
             truth.checkpoints[job_id] = set()
-        for metric in session.exec(select(Metric).order_by(Metric.step)):  # type: ignore[arg-type]
-            truth.metrics[metric.job_id].append(dict(metric.values))
         for row in session.exec(select(CheckpointRow)):
             truth.checkpoints[row.job_id].add(row.step)
         truth.artifacts = list(session.exec(select(ArtifactRow)))

@@ -16,9 +16,10 @@ from shared.clock import utcnow
 from shared.database import Database
 from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
+from shared.repository.logs import StoredEntry
 from shared.settings import Settings
 from shared.storage import Store
-from shared.tables import Job, LogEntry
+from shared.tables import Job
 from shared.valkey import EmbeddedValkey
 from tests.conftest import PATIENCE, wait_for
 from tests.samples import add_dataset, make_job
@@ -31,7 +32,7 @@ def read(database: Database, job_id: str) -> Job:
         return jobs.get_job(session, job_id, None)
 
 
-def entries(database: Database, job_id: str) -> list[LogEntry]:
+def entries(database: Database, job_id: str) -> list[StoredEntry]:
     with database.read() as session:
         return logs.read_entries(session, job_id, 0, 10_000)
 

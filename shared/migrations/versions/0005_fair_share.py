@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from shared.clock import month_of, utcnow
-from shared.tables import UtcDateTime
+from shared.columns import UtcDateTime
 
 revision = "0005"
 down_revision = "0004"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from shared.tables import UtcDateTime
+from shared.columns import UtcDateTime
 
 revision = "0006"
 down_revision = "0005"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from shared.tables import BIG_ID, UtcDateTime
+from shared.columns import BIG_ID, UtcDateTime
 
 revision = "0007"
 down_revision = "0006"
