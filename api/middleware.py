@@ -40,9 +40,12 @@ class RequestLog:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(10)
         scope["tuneyard.request_id"] = request_id
         started = time.perf_counter()
+        answered = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers.update(scope.get(HEADERS, {}))
@@ -52,7 +55,13 @@ class RequestLog:
                 self._metrics.observe(scope, message["status"], seconds)
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            # Starlette answers outside of this, and raises it again for the server's log.
+            if not answered:
+                self._metrics.observe(scope, 500, time.perf_counter() - started)
+            raise
 
 
 class Guard:

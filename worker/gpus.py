@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from shared.device import Device
 from shared.errors import InvalidRequest, Unavailable
@@ -16,6 +17,10 @@ from shared.plan import EngineName
 
 QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 FREE_QUERY = ("--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
+USE_QUERY = (
+    "--query-gpu=index,name,memory.total,memory.used,utilization.gpu",
+    "--format=csv,noheader,nounits",
+)
 QUERY_SECONDS = 30
 
 
@@ -72,6 +77,32 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
         replace(d, memory_bytes=min(free[d.index], d.memory_bytes or free[d.index])) if d.index in free else d
         for d in devices
     ]
+
+
+def measure_use(devices: Sequence[Device]) -> list[dict[str, Any]]:
+    """What these GPUs do now: `{"index", "name", "memory_bytes", "used_bytes", "utilization"}` each, the last
+    from 0 to 1; None for what the driver does not tell.
+
+    Raises:
+        Unavailable: the driver does not answer.
+    """
+    wanted = {device.index for device in devices}
+    found = []
+    for line in _ask("nvidia-smi", USE_QUERY).splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != 5 or not parts[0].isdigit() or int(parts[0]) not in wanted:
+            continue
+        total, used, percent = (int(part) if part.isdigit() else None for part in parts[2:])
+        found.append(
+            {
+                "index": int(parts[0]),
+                "name": parts[1],
+                "memory_bytes": None if total is None else total << 20,
+                "used_bytes": None if used is None else used << 20,
+                "utilization": None if percent is None else percent / 100,
+            }
+        )
+    return found
 
 
 def with_share(devices: Sequence[Device], fraction: float) -> list[Device]:

@@ -37,6 +37,7 @@ from worker.secrets import OwnerSecrets
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
 from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
+from worker.usage import Usage
 
 SEEN_SECONDS = 5.0
 BOUND_SECONDS = 3600.0
@@ -87,6 +88,7 @@ class Supervisor:
         self._quick_deaths = 0
         self._claims = Claims(settings, database, self._worker.id, slots)
         self._secrets = OwnerSecrets(settings, database)
+        self._usage = Usage(slots)
         self._work = settings.root / "work"
         self._compile_cache = settings.root / "cache" / "compiled"
         self._exports = Exports(
@@ -98,6 +100,7 @@ class Supervisor:
         """Claim and watch until asked to stop; then hand back what runs."""
         self._work.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._listener.start()
+        self._usage.start()
         try:
             while not self._stopping:
                 self._guarded_tick()
@@ -105,6 +108,7 @@ class Supervisor:
                 self._wake.clear()
         finally:
             self._listener.stop()
+            self._usage.stop()
             self._hand_back_all()
 
     def stop(self) -> None:
@@ -165,7 +169,7 @@ class Supervisor:
 
     def _show_up(self) -> None:
         with self._database.write() as session:
-            self._worker.seen_at = utcnow()
+            self._worker.seen_at, self._worker.gpus = utcnow(), self._usage.gpus
             keys.put_worker(session, WorkerRow(**self._worker.model_dump()))
 
     def _reap(self) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from sqlalchemy.exc import DBAPIError
 
 from api.context import Caller, Context
-from api.metrics import render_jobs
+from api.metrics import BoxFigures, JobFigures, render_figures
 from api.schemas import (
     GpuOut,
     ListOut,
@@ -24,7 +24,7 @@ from shared.clock import utcnow
 from shared.errors import Unavailable
 from shared.lifecycle import LEASED, JobStatus
 from shared.models import list_models
-from shared.repository import jobs, keys, owners
+from shared.repository import jobs, keys, owners, tallies
 from shared.settings import Settings
 
 
@@ -97,7 +97,7 @@ def readiness(context: Context) -> ReadyOut:
     """
     try:
         with context.database.read() as session:
-            jobs.count_by_status(session, "")
+            jobs.oldest_queued(session, "")
         database = True
     except DBAPIError:
         database = False
@@ -109,9 +109,23 @@ def readiness(context: Context) -> ReadyOut:
 
 
 def prometheus(context: Context, caller: Caller) -> bytes:
-    """Prometheus metrics: an owner's are its jobs by status, an admin's the whole service."""
+    """Prometheus metrics: an owner's are of its jobs, an admin's of the whole service."""
+    now = utcnow()
     with context.database.read() as session:
-        counts = jobs.count_by_status(session, caller.scope)
+        oldest = jobs.oldest_queued(session, caller.scope)
+        names = (tallies.FAILURES, tallies.WAITING, tallies.RUNNING)
+        failures, waiting, running = tallies.read(session, caller.scope, names).values()
+        figures = JobFigures(
+            by_status=dict.fromkeys(JobStatus, 0) | jobs.count_by_status(session, caller.scope),
+            oldest_queued_seconds=(now - oldest).total_seconds() if oldest else 0,
+            tokens_per_second=jobs.tokens_per_second(session, caller.scope),
+            failures=failures,
+            waiting=waiting,
+            running=running,
+        )
+        since = now - timedelta(seconds=context.settings.lease_seconds)
+        workers = keys.live_workers(session, since)
     if not caller.admin:
-        return render_jobs(counts, None, None)
-    return context.metrics.render() + render_jobs(counts, context.doorbell.depth(), context.hub.followers)
+        return render_figures(figures, None)
+    boxes = BoxFigures(context.doorbell.depth(), context.hub.followers, workers)
+    return context.metrics.render() + render_figures(figures, boxes)

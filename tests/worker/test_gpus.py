@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from shared.device import Device
 from shared.errors import InvalidRequest, Unavailable
+from tests.conftest import wait_for
 from worker import gpus
 from worker.gpus import find_slots, parse_gpus, probe_gpus
+from worker.usage import Usage
 
 TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bb22, NVIDIA RTX 4090, 24564\n"
 
@@ -89,3 +92,21 @@ def test_a_box_offers_the_engines_that_it_can_run(
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name in packages or None)
     monkeypatch.setattr(gpus.shutil, "which", lambda name: name if name in compilers else None)
     assert gpus.installed_engines() == engines
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_the_gpus_do_is_told(tmp_path: Path) -> None:
+    told = "0, NVIDIA L4, 23034, 512, 97\n1, NVIDIA GB10, [N/A], [N/A], [N/A]\n2, NVIDIA L4, 23034, 1, 0\n"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{told}END\n")
+    usage = Usage([Device("cuda", 0, "NVIDIA L4", 1), Device("cuda", 1, "NVIDIA GB10", 0)])
+    usage.start()
+    first, second = wait_for(lambda: usage.gpus)
+    usage.stop()
+    assert first == {
+        "index": 0,
+        "name": "NVIDIA L4",
+        "memory_bytes": 23034 << 20,
+        "used_bytes": 512 << 20,
+        "utilization": 0.97,
+    }
+    assert (second["index"], second["used_bytes"], second["utilization"]) == (1, None, None)
