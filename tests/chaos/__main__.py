@@ -19,11 +19,14 @@ from rich.table import Table
 
 from tests.chaos.child import POINTS
 from tests.chaos.disk import enter_namespace, mount_small_disk
+from tests.chaos.protocol import Bounds, Explored, Guards, explore
 from tests.chaos.real import make_models
 from tests.chaos.run import Plan, Report, run
 
 DISK_MEGABYTES = 192
 MEGABYTES_A_MINUTE = 20
+# More than the tests visit each time.
+MODELS = (Bounds(jobs=2, workers=3, attempts=2, pauses=1), Bounds(jobs=2, workers=2, attempts=3, pauses=0))
 
 
 def main() -> int:
@@ -33,19 +36,25 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--real", type=int, default=0, help="so many jobs are trained for real")
     parser.add_argument("--short", action="store_true", help="the form that `make test` runs")
+    parser.add_argument("--keep", action="store_true", help="keep the run's folder also if nothing is broken")
     given = parser.parse_args()
     enter_namespace()
+    explored = [] if given.short else [explore(bounds, Guards()) for bounds in MODELS]
     folder = Path(tempfile.mkdtemp(prefix="tuneyard-chaos-"))
     root = folder / "data"
     root.mkdir(mode=0o700)
     small_disk = mount_small_disk(root, DISK_MEGABYTES + int(MEGABYTES_A_MINUTE * given.minutes))
     plan = _plan(given, folder, small_disk=small_disk)
+    print(f"Seed {plan.seed}, in {folder}", flush=True)
     report = run(plan, root, folder / "logs")
-    _print(plan, report)
-    if report.broken:
+    report.broken += [
+        f"the model of leases: {found.broken}, by {found.way}" for found in explored if found.broken
+    ]
+    _print(plan, report, explored)
+    if report.broken or given.keep:
         kept = Path(f"{folder}-kept")
         shutil.copytree(folder, kept, ignore=lambda _, names: [n for n in names if n.endswith(".sock")])
-        print(f"Broken, with seed {plan.seed}. What was left is in {kept}")
+        print(f"Seed {plan.seed}, {len(report.broken)} broken. What was left is in {kept}")
     if small_disk:
         subprocess.run(["umount", "-l", str(root)], check=True)  # noqa: S607 - as the tool to mount
     shutil.rmtree(folder)
@@ -55,7 +64,7 @@ def main() -> int:
 def _plan(given: argparse.Namespace, folder: Path, *, small_disk: bool) -> Plan:
     poison = {"name": "poison", "metadata": {"steps": "3", "seconds": "0"}}
     planned: list[dict[str, Any]] = [poison]
-    for point in ("claimed", "published", "measured", "finishing") if given.short else POINTS:
+    for point in ("published", "finishing") if given.short else POINTS:
         metadata = {"steps": "4", "seconds": "0.05", "stumble": f"{point}:freeze"}
         planned.append({"name": "chaos", "metadata": metadata})
     return Plan(
@@ -66,7 +75,9 @@ def _plan(given: argparse.Namespace, folder: Path, *, small_disk: bool) -> Plan:
         clients=3,
         gap=0.9 if given.short else 2,
         step_seconds=0.1 if given.short else 0.2,
-        most_jobs=5 if given.short else 1_000_000,
+        most_open=2 if given.short else 4,
+        stumbling=0 if given.short else 0.25,
+        max_losses=4 if given.short else 8,
         small_disk=small_disk,
         planned=planned,
         real=given.real,
@@ -74,7 +85,7 @@ def _plan(given: argparse.Namespace, folder: Path, *, small_disk: bool) -> Plan:
     )
 
 
-def _print(plan: Plan, report: Report) -> None:
+def _print(plan: Plan, report: Report, explored: list[Explored]) -> None:
     table = Table(
         title=f"Chaos: seed {plan.seed}, {plan.workers} workers, {report.seconds:.0f} s", min_width=60
     )
@@ -93,6 +104,10 @@ def _print(plan: Plan, report: Report) -> None:
         ("pages and streams read by clients", len(report.seen.pages)),
         ("downloads", len(report.seen.downloads)),
         ("files without a row, removed by gc", report.strays),
+        *(
+            ("states of the model of leases", f"{found.states:,} in {found.steps:,} steps")
+            for found in explored
+        ),
         ("invariants broken", len(report.broken)),
     ]
     for name, value in rows:

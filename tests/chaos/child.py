@@ -5,9 +5,9 @@ comes from a chain of hashes, so whatever a job publishes at last can be foretol
 from the wrong checkpoint, or from half of one, ends with another value. A job called `real` is trained for
 real.
 
-The job's metadata says what it does: `steps`, `seconds` (a step's), and `stumble`, POINT:HOW for its first
-attempt. HOW is `die`, or `freeze`: it and its supervisor stop dead, as on a machine that was cut off, until
-somebody wakes them up.
+The job's metadata says what it does: `steps`, `seconds` (a step's), and `stumble`, POINT:HOW, once. HOW is
+`die`, or `freeze`: it and its supervisor stop dead, as on a machine that was cut off, until somebody wakes
+them up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ from worker.training.workdir import Workdir
 SAVE_STEPS = 3
 KEPT = 2
 STATE = "state"
+FROZEN = "frozen-"
 # What each attempt says first, with the step that it goes on from.
 FROM = "Going on."
-# More would only cost time.
-STUMBLING_ATTEMPTS = 1
+# The name of a file that tells that a job has stumbled on this box.
+STUMBLED = "stumbled-"
 # The first one is the supervisor's, between claiming a job and starting its process.
 POINTS = (
     "claimed", "published", "measured", "results", "finishing", "checkpoint written", "checkpoint renamed",
@@ -73,20 +75,38 @@ class Stumble:
 
     def __init__(self) -> None:
         self._point = self._how = ""
+        self._root = Path()
 
-    def prepare(self, wanted: str, attempt: int) -> None:
-        if attempt <= STUMBLING_ATTEMPTS:
-            self._point, _, self._how = wanted.partition(":")
+    def prepare(self, wanted: str, root: Path) -> None:
+        self._root = root
+        self._point, _, self._how = wanted.partition(":")
 
     def at(self, point: str) -> None:
-        if point != self._point:
+        if point != self._point or not is_first(self._root.parent):
             return
         self._point = ""
         if self._how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         # The supervisor first: one that sees its child's lease run out would kill it.
-        os.kill(os.getppid(), signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        freeze(os.getppid(), self._root)
+        freeze(os.getpid(), self._root)
+
+
+def is_first(job: Path) -> bool:
+    """Whether the job has not stumbled here before; from now on it has."""
+    try:
+        (job.parents[1] / f"{STUMBLED}{job.name}").touch(exist_ok=False)
+    except OSError:
+        return False
+    return True
+
+
+def freeze(pid: int, attempt: Path) -> None:
+    """Stop a process, and leave word for which attempt: it is woken up when another one has the job."""
+    box = attempt.parents[2]
+    with suppress(OSError):  # On a full disk: it is woken up after a while then.
+        (box / f"{FROZEN}{pid}").write_text(f"{attempt.parent.name} {attempt.name.partition('-')[2]}")
+    os.kill(pid, signal.SIGSTOP)
 
 
 stumble = Stumble()
@@ -98,7 +118,7 @@ def pipeline(
     if spec.name == "real":
         return train(spec, plan, workdir, sink, control)
     attempt, _, token = workdir.root.name.partition("-")
-    stumble.prepare(spec.metadata.get("stumble", ""), int(attempt))
+    stumble.prepare(spec.metadata.get("stumble", ""), workdir.root)
     if spec.name == "poison":
         os.kill(os.getpid(), signal.SIGKILL)
     sink.phase(Phase.TRAINING)

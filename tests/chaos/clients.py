@@ -23,7 +23,6 @@ MODEL = "bundled/smollm2-135m-instruct"
 ANSWER_SECONDS = 4.0
 # With these an answer says that it could not be given now.
 NOT_NOW = frozenset({429, 503, 507})
-MOST_OPEN = 4
 STUMBLES = [f"{point}:{how}" for point in POINTS for how in ("die", "freeze")]
 
 
@@ -38,14 +37,18 @@ class Client:
     seen: Seen
     leave: threading.Event
     lock: threading.Lock
-    # Whether a step is to be so slow that most faults hit it.
+    # How long a step takes, about, and how many jobs wait or run at a time.
     step_seconds: float
+    most_open: int
+    # Which part of its jobs stumble.
+    stumbling: float
     planned: list[dict[str, Any]] = field(default_factory=list)
-    most_jobs: int = 1_000_000
     jobs: list[str] = field(default_factory=list)
     cursors: dict[str, int] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     submitted: int = 0
+    # Planned jobs come one after the other, and are to come to what they are planned for.
+    untouched: set[str | None] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._http = httpx.Client(
@@ -57,10 +60,10 @@ class Client:
 
     def run(self) -> None:
         while not self.leave.is_set():
-            if self.planned or (
-                len(self.jobs) - len(self.ended) < MOST_OPEN and self.submitted < self.most_jobs
-            ):
-                self._submit(self.planned.pop(0) if self.planned else self._job())
+            if self.planned and self.untouched <= self.ended.keys():
+                self.untouched.add(self._submit(self.planned.pop(0)))
+            elif len(self.jobs) - len(self.ended) < self.most_open:
+                self._submit(self._job())
             elif self.jobs:
                 self._choose()()
             self.leave.wait(self.random.uniform(0, 0.2))
@@ -71,7 +74,7 @@ class Client:
             status = self._look(job_id)
             if status == "paused" and self.random.random() < 0.7:
                 self._act(job_id, "resume")
-            elif status not in TERMINAL and status != "paused":
+            elif status not in TERMINAL | {"paused", "deleted"}:
                 return False
         return all(job_id in self.ended or self._look(job_id) == "paused" for job_id in self.jobs)
 
@@ -89,7 +92,7 @@ class Client:
             "steps": str(self.random.randint(3, 9)),
             "seconds": f"{self.random.uniform(0.2, 1.8) * self.step_seconds:.3f}",
         }
-        if self.random.random() < 0.25:
+        if self.random.random() < self.stumbling:
             metadata["stumble"] = self.random.choice(STUMBLES)
         return {"name": "chaos", "metadata": metadata}
 
@@ -99,18 +102,21 @@ class Client:
             (30, lambda: self._read(job_id, wait=1)),
             (12, lambda: self._follow(job_id)),
             (12, lambda: self._look(job_id)),
-            (2, lambda: self._act(job_id, "cancel")),
-            (4, lambda: self._act(job_id, "pause")),
             (8, lambda: self._act(job_id, "resume")),
             (8, lambda: self._download(job_id)),
             (3, self._upload_some),
             (3, lambda: self._export(job_id)),
-            (1, lambda: self._delete(job_id)),
         ]
+        if job_id not in self.untouched:
+            choices += [
+                (2, lambda: self._act(job_id, "cancel")),
+                (4, lambda: self._act(job_id, "pause")),
+                (1, lambda: self._delete(job_id)),
+            ]
         return self.random.choices([do for _, do in choices], [weight for weight, _ in choices])[0]
 
-    def _submit(self, spec: dict[str, Any]) -> None:
-        """Under one idempotency key, until there is an answer."""
+    def _submit(self, spec: dict[str, Any]) -> str | None:
+        """Under one idempotency key, until there is an answer; the job's id."""
         self.submitted += 1
         submission = f"{self.name}-{self.submitted}"
         metadata = {**spec.pop("metadata", {}), SUBMISSION: submission}
@@ -124,8 +130,9 @@ class Client:
                     self.seen.accepted.append((submission, job_id))
                 self._saw(job_id, answer.json()["status"])
                 self.jobs.append(job_id)
-                return
+                return job_id
             time.sleep(0.3)
+        return None
 
     def _read(self, job_id: str, wait: int) -> bool:
         """One page; whether there is more."""
@@ -172,7 +179,7 @@ class Client:
             return None
         if answer.status_code == 404:
             self._gone(job_id)
-            return "cancelled"
+            return "deleted"
         status = str(answer.json()["status"])
         self._saw(job_id, status)
         return status
@@ -234,6 +241,7 @@ class Client:
     def _gone(self, job_id: str) -> None:
         """Nothing is to be seen of it any more; whether that is right the checker knows."""
         self.jobs.remove(job_id)
+        self.ended.pop(job_id, None)
 
     def _read_entries(self, job_id: str, after: int, entries: list[dict[str, Any]]) -> None:
         if not entries:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from shared.errors import TuneyardError
 from shared.repository import keys
 from shared.settings import Settings
 from shared.valkey import EmbeddedValkey
+from tests.chaos.child import FROZEN
 from tests.chaos.history import record_history
 
 # A process renews its lease only once it has been started, which takes long on a machine that has much to do.
@@ -34,6 +36,8 @@ LEASE_STARTS = 3
 SHORTEST_LEASE, LONGEST_LEASE = 2.5, 8.0
 READY_SECONDS = 60.0
 NOTICE_SECONDS = 0.3
+# At most, if nobody takes over what a frozen process had.
+SELF_FROZEN_SECONDS = 30.0
 STOP_SECONDS = 30.0
 PR_SET_CHILD_SUBREAPER = 36
 CHILD = "tests.chaos.child"
@@ -56,8 +60,13 @@ class Part:
 
 @dataclass
 class Frozen:
+    """A stopped process, and when it goes on. With `job` and `token` once somebody else has the job."""
+
     process: psutil.Process
     wake_at: float
+    job: str = ""
+    token: str = ""
+    is_child: bool = False
 
 
 @dataclass
@@ -147,6 +156,7 @@ class Cluster:
             # Reads all of /proc: not at every look.
             self._notice_after = now + NOTICE_SECONDS
             self._notice_frozen()
+            self._notice_taken_over()
         for frozen in [f for f in self.frozen if now >= f.wake_at]:
             self._wake(frozen)
 
@@ -262,10 +272,33 @@ class Cluster:
         ]
         for process in (*self.children(), *supervisors):
             with contextlib.suppress(psutil.Error):
-                if process.pid not in known and process.status() == psutil.STATUS_STOPPED:
-                    self.self_frozen += CHILD not in process.cmdline()
-                    wake_at = time.monotonic() + self.freeze_seconds + self.random.uniform(0, 0.5)
-                    self.frozen.append(Frozen(process, wake_at))
+                if process.pid in known or process.status() != psutil.STATUS_STOPPED:
+                    continue
+                is_child = CHILD in process.cmdline()
+                self.self_frozen += not is_child
+                notes = [box / f"{FROZEN}{process.pid}" for box in self.boxes]
+                job, _, token = next((note.read_text() for note in notes if note.is_file()), "").partition(
+                    " "
+                )
+                patience = SELF_FROZEN_SECONDS if job else self.freeze_seconds
+                self.frozen.append(Frozen(process, time.monotonic() + patience, job, token, is_child))
+        if all(p.process and p.process.pid in {f.process.pid for f in self.frozen} for p in self.supervisors):
+            # Nobody is left to take anything over: the first one goes on as if nothing had been.
+            first = min(self.frozen, key=lambda f: f.wake_at)
+            for frozen in [f for f in self.frozen if f.job == first.job]:
+                frozen.wake_at = 0
+
+    def _notice_taken_over(self) -> None:
+        """Who froze itself goes on when another attempt is under way: children first, to have their say."""
+        waiting = [f for f in self.frozen if f.job and f.wake_at > time.monotonic() + self.lease_seconds]
+        if not waiting:
+            return
+        with contextlib.closing(sqlite3.connect(self.root / "tuneyard.db")) as connection:
+            for frozen in waiting:
+                statement = "SELECT 1 FROM job WHERE id = ? AND (lease_token = ? OR status = 'queued')"
+                if connection.execute(statement, (frozen.job, frozen.token)).fetchone() is None:
+                    delay = self.random.uniform(0, 1) + (0 if frozen.is_child else 1.5)
+                    frozen.wake_at = time.monotonic() + delay
 
     def _wake(self, frozen: Frozen) -> None:
         self.frozen.remove(frozen)

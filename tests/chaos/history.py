@@ -72,6 +72,9 @@ _TRIGGERS = [
         "checkpoint_again", "UPDATE ON checkpoint", "checkpoint", "NEW.job_id",
         "json_extract(NEW.metrics, '$.attempt')", "NEW.step",
     ),
+    _trigger(
+        "results", "INSERT ON dataset", "results", "NEW.job_id", "NEW.key", "NEW.id", "NEW.job_id IS NOT NULL"
+    ),
     _trigger("export_made", "INSERT ON export_task", "export", "NEW.job_id", "NEW.status", "NEW.id"),
     _trigger(
         "export_changed", "UPDATE ON export_task", "export", "NEW.job_id", "NEW.status", "NEW.id",
@@ -85,8 +88,8 @@ class Event:
     """One write. `status`, `attempt` and `holders` are the job's at that moment.
 
     `told` is what the write says of its writer: the token in an entry's data, the attempt in a metric's or a
-    checkpoint's row, an artifact's key (which holds the token), an export's status. `detail` is what was
-    written: a worker's name, a seq, an artifact's name, a step, an export's id.
+    checkpoint's row, the key of an artifact or of results (which holds the token), an export's status.
+    `detail` is what was written: a worker's name, a seq, an artifact's name, a step, an export's id.
     """
 
     id: int

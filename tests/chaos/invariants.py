@@ -125,12 +125,18 @@ def lives_follow_the_table(history: list[Event]) -> Iterator[str]:
 
 def only_holders_write(history: list[Event]) -> Iterator[str]:
     """Whatever an attempt wrote, it held the lease at that moment: one that was overtaken changed nothing."""
+    last: dict[str, str] = {}
     for event in history:
+        if event.what == "job" and event.status in LEASED and event.holders:
+            last[event.job_id] = event.holders[0]
         if event.told is None or event.what == "export":
             continue
         if event.what in ("metric", "checkpoint"):
             # 1.0 as JSON has it is attempt 1.
             held = event.status in LEASED and float(event.told) == event.attempt
+        elif event.what == "results":
+            # They come with the end, which has just released the lease.
+            held = event.told.split("/")[2] == last.get(event.job_id)
         else:
             token = event.told.split("/")[2] if event.what == "artifact" else event.told
             held = token in event.holders
@@ -221,6 +227,8 @@ def nothing_is_orphaned(truth: Truth) -> Iterator[str]:
     keys = {row.key for row in (*truth.artifacts, *truth.files)} | truth.part_keys
     for key in truth.stored.keys() - keys:
         yield f"{key} is in the store and nobody's"
+    for name in truth.uploads:
+        yield f"uploads/{name} is of an upload that is over"
     for path in truth.work:
         job_id, _, inner = path.partition("/")
         if job_id not in truth.jobs:

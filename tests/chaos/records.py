@@ -80,7 +80,8 @@ class Truth:
     """What is in the database, in the store and in the work folders once everything has stopped.
 
     `stored` are the store's files: bytes and SHA-256 by key. `work` are the work folders' entries, two levels
-    deep, as paths; `checkpoints_on_disk` the steps that any box has, by job.
+    deep, as paths, `uploads` what uploads left behind, `checkpoints_on_disk` the steps that any box has, by
+    job.
     """
 
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Truth:
     history: list[Event] = field(default_factory=list)
     stored: dict[str, tuple[int, str]] = field(default_factory=dict)
     work: list[str] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
     checkpoints_on_disk: dict[str, set[int]] = field(default_factory=dict)
 
 
@@ -120,6 +122,7 @@ def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Tru
         for part in store.read(file.name, 0, file.bytes):
             digest.update(part)
         truth.stored[file.name] = (file.bytes, digest.hexdigest())
+    truth.uploads = sorted(path.name for path in (settings.root / "uploads").glob("*"))
     for box in boxes:
         work = box / "work"
         truth.work += sorted(str(path.relative_to(work)) for path in (*work.glob("*"), *work.glob("*/*")))

@@ -25,7 +25,6 @@ from tests.chaos.records import Seen, Truth, read_truth
 from worker.retention import STRAY_SECONDS, collect
 from worker.sweep import SWEEP_SECONDS, sweep
 
-MAX_LOSSES = 8
 SETTLE_SECONDS = 120.0
 SWEPT_SECONDS = 20.0
 OWN_FAULTS = ("stumbled", "Exception in ASGI application", "Exception in thread")
@@ -45,7 +44,9 @@ class Plan:
     clients: int
     gap: float
     step_seconds: float
-    most_jobs: int
+    most_open: int
+    stumbling: float
+    max_losses: int
     small_disk: bool
     planned: list[dict[str, Any]]
     real: int
@@ -87,7 +88,7 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
     began = time.monotonic()
     random = Random(plan.seed)
     cluster = Cluster(
-        root, aside, plan.workers, plan.slots, MAX_LOSSES, Random(random.random()), models=plan.models
+        root, aside, plan.workers, plan.slots, plan.max_losses, Random(random.random()), models=plan.models
     )
     seen, lock = Seen(), threading.Lock()
     try:
@@ -95,18 +96,22 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
         clients = [
             Client(
                 name, key, cluster.url, Random(random.random()), seen, threading.Event(), lock,
-                plan.step_seconds, planned=plan.planned[number :: plan.clients], most_jobs=plan.most_jobs,
+                plan.step_seconds, plan.most_open, plan.stumbling,
             )
             for number, (name, key) in enumerate(cluster.start(owners).items())
         ]  # fmt: skip
+        # One has poison, another the jobs that stumble, one at a time: who takes them over must be awake.
+        clients[0].planned += plan.planned[:1]
+        clients[1].planned += plan.planned[1:]
         if plan.real:
-            file_id = clients[0].upload(real.rows())
-            clients[0].planned += [real.spec(str(file_id)) for _ in range(plan.real)]
+            file_id = str(clients[0].upload(real.rows()))
+            clients[2].planned += [real.spec(file_id) for _ in range(plan.real)]
         faults = Faults(
             cluster, Random(random.random()), plan.small_disk, lambda: [job_id for _, job_id in seen.accepted]
         )
         with working(clients):
-            _storm(plan, cluster, faults, Random(random.random()))
+            _storm(plan, cluster, faults, clients, Random(random.random()))
+        faults.relieve()
         unsettled = _settle(cluster, clients)
         for client in clients:
             client.read_all()
@@ -124,17 +129,19 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
     report.broken = [
         *unsettled,
         *late,
-        *check(truth, seen, Rules(MAX_LOSSES, faults.counts["disk full"] > 0, len(cluster.boxes) == 1)),
+        *check(truth, seen, Rules(plan.max_losses, faults.counts["disk full"] > 0, len(cluster.boxes) == 1)),
         *_stumbled(aside),
         *([] if report.jobs[JobStatus.SUCCEEDED] else ["not one job succeeded"]),
+        *(f"{kind} found nothing to hit" for kind in faults.kinds() if not faults.counts[kind]),
     ]
     return report
 
 
-def _storm(plan: Plan, cluster: Cluster, faults: Faults, random: Random) -> None:
+def _storm(plan: Plan, cluster: Cluster, faults: Faults, clients: list[Client], random: Random) -> None:
     began = time.monotonic()
     waiting = schedule(random, faults.kinds(), plan.seconds, plan.gap)
-    while waiting or time.monotonic() - began < plan.seconds:
+    longest = plan.seconds + SETTLE_SECONDS
+    while waiting or time.monotonic() - began < plan.seconds or any(client.planned for client in clients):
         cluster.tend()
         faults.tend()
         if waiting and time.monotonic() - began >= waiting[0][0] and faults.inject(waiting[0][1]):
@@ -142,20 +149,19 @@ def _storm(plan: Plan, cluster: Cluster, faults: Faults, random: Random) -> None
         elif waiting and time.monotonic() - began >= waiting[0][0] + 2 * plan.gap:
             # It finds nothing to hit just now: later, when there may be.
             waiting.append((time.monotonic() - began + plan.gap, waiting.pop(0)[1]))
-            if time.monotonic() - began > plan.seconds + 20 * plan.gap:
-                return
+        if time.monotonic() - began > longest:
+            return
         time.sleep(LOOK_SECONDS)
 
 
 def _settle(cluster: Cluster, clients: list[Client]) -> list[str]:
-    """Peace: everything runs, and everything that was asked for ends."""
+    """Peace: everything runs, what is frozen wakes up, and everything that was asked for ends."""
     faults_end = time.monotonic()
-    cluster.wake_all()
     while time.monotonic() - faults_end < SETTLE_SECONDS:
         cluster.tend()
         running = all(part.is_running() for part in cluster.parts) and cluster.answers()
         done = [client.is_done() for client in clients]
-        if running and all(done):
+        if running and all(done) and not cluster.frozen:
             return []
         time.sleep(SETTLE_LOOK_SECONDS)
     return [f"not all had ended {SETTLE_SECONDS:.0f} s after the last fault"]

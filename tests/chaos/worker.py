@@ -15,7 +15,7 @@ from shared.device import Device
 from shared.queue import Doorbell
 from shared.settings import Settings, ensure_private_dir
 from shared.tables import Job
-from tests.chaos.child import STUMBLING_ATTEMPTS, hook
+from tests.chaos.child import freeze, hook, is_first
 from worker.supervisor import Supervisor
 
 # Half a minute would be longer than a short run: what is removed while others work is to be part of it.
@@ -42,8 +42,12 @@ def main() -> None:
 
 def _before_start(_supervisor: Supervisor, job: Job, *_: object) -> None:
     stumble = job.spec["metadata"].get("stumble", "")
-    if stumble.startswith("claimed:") and job.attempt <= STUMBLING_ATTEMPTS:
-        os.kill(os.getpid(), signal.SIGKILL if stumble.endswith("die") else signal.SIGSTOP)
+    attempt = Settings().root / "work" / job.id / f"{job.attempt}-{job.lease_token}"
+    if not stumble.startswith("claimed:") or not is_first(attempt.parent):
+        return
+    if stumble.endswith("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    freeze(os.getpid(), attempt)
 
 
 def _end_with_parent(supervisor: Supervisor) -> None:
