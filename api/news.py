@@ -40,6 +40,8 @@ LISTEN_SECONDS = 15.0
 CANCEL_SECONDS = 0.05
 READER_THREADS = 8
 PAGE = 500
+# So often followers are woken without a change.
+KEEP_ALIVE_SECONDS = 15.0
 BUFFER_LINES = 2000
 BUFFER_BYTES = 4 << 20
 
@@ -197,6 +199,8 @@ class Tail:
         self._bytes = 0
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
+        # One timer for all followers: one for each would cost more than the entries themselves.
+        self._beat = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._wake_followers)
         self.task: asyncio.Task[None] | None = None
         self.followers = 0
         # None until the first look; then the newest seq that the buffer has, or had.
@@ -215,6 +219,7 @@ class Tail:
         self._tell()
 
     def stop(self) -> None:
+        self._beat.cancel()
         if self.task is not None:
             self.task.cancel()
 
@@ -252,6 +257,10 @@ class Tail:
         except TimeoutError:
             return False
         return True
+
+    async def next_change(self) -> None:
+        """Wait for a change, or the beat."""
+        await self._changed.wait()
 
     async def run(self) -> None:
         """Look whenever there is news, and every so often without, until the job has ended."""
@@ -308,6 +317,10 @@ class Tail:
             status, last_seq = logs.log_state(session, self._job_id, None)
             rows = [] if after is None else logs.read_entries(session, self._job_id, after, PAGE)
             return Look(status, last_seq, [_line(row) for row in rows])
+
+    def _wake_followers(self) -> None:
+        self._beat = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._wake_followers)
+        self._tell()
 
     def _tell(self) -> None:
         self._changed.set()

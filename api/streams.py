@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -17,8 +16,6 @@ from api.services.logs import Write
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
 
 class EventStream(Response):
     """Server-sent events: calls `follow` with a function that writes."""
@@ -31,13 +28,9 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._follow = follow
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         await _start(self, send)
-        try:
-            await _until_gone(receive, lambda: self._write(send))
-        except* TimeoutError:
-            # Without an end of the body, the server closes the connection.
-            logger.info("A client took nothing of %r for too long", scope["path"])
+        await _until_gone(receive, lambda: self._write(send))
 
     async def _write(self, send: Send) -> None:
         async def write(data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,9 @@ def api(
     server = Server(create_app(settings), settings)
     if watch_stdin:
         _end_with_parent()
+    # What is there now stays: to look through it for garbage would hold up a request for 50 ms now and then.
+    gc.collect()
+    gc.freeze()
     server.run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
 
 

@@ -16,6 +16,7 @@ import pytest
 from api import news
 from api.context import Caller
 from api.news import Hub, Tail
+from api.protocol import BoundedProtocol
 from api.services import logs as log_service
 from shared.database import Database
 from shared.repository import keys
@@ -116,7 +117,7 @@ def test_clients_that_go_leave_nothing_behind(live: Live) -> None:
 
 
 def test_a_client_that_takes_nothing_holds_up_nobody(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_service, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(BoundedProtocol, "send_seconds", 0.5)
     with live.client() as client:
         job_id = client.post("/jobs", json=SPEC).json()["id"]
     stuck = _open_stream(live, job_id)
@@ -257,7 +258,7 @@ async def test_a_reader_that_fails_ends_its_followers(
 async def test_a_quiet_stream_is_kept_alive(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_service, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(news, "KEEP_ALIVE_SECONDS", 0.05)
     hub = Hub(database, settings.redis())
     job_id = make_job(database)
     written: list[bytes] = []

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from api.context import Caller
 from api.errors import invalid_spec
 from api.schemas_chat import ChatRequest, CompletionRequest, Sampling
-from api.services.logs import Write, send
+from api.services.logs import Write
 from api.services.v1.inference import Answering, Servable, find_servable
 from shared.data.conversation import INVALID_TEXT, REASONS, Call, Dropped
 from shared.data.messages import as_messages, as_tools, parse_messages
@@ -177,18 +177,14 @@ class Reply:
         return self._object("text_completion", [choice | {"text": text}], usage=True)
 
     async def stream(self, write: Write) -> None:
-        """The answer as server-sent events, an error in its midst as the last of them.
-
-        Raises:
-            TimeoutError: the client took nothing for too long.
-        """
+        """The answer as server-sent events, an error in its midst as the last of them."""
         chunks = self._chat_chunks() if isinstance(self.request, ChatRequest) else self._text_chunks()
         try:
             async for chunk in chunks:
-                await send(write, _event(chunk))
-            await send(write, DONE)
+                await write(_event(chunk))
+            await write(DONE)
         except TuneyardError as error:
-            await send(write, _event(error.body()))
+            await write(_event(error.body()))
         finally:
             self.answering.close()
 
