@@ -39,6 +39,7 @@ def check(truth: Truth, seen: Seen, rules: Rules) -> list[str]:
         lambda: nothing_is_done_twice(truth) if rules.one_box else iter(()),
         lambda: nothing_is_orphaned(truth),
         lambda: bytes_are_counted(truth),
+        lambda: ends_are_counted(truth),
         lambda: views_are_true(truth, seen),
         lambda: exports_have_ended(truth),
         lambda: iter(f"a client was surprised: {line}" for line in seen.surprises),
@@ -252,6 +253,13 @@ def bytes_are_counted(truth: Truth) -> Iterator[str]:
         counted = truth.owners[owner].stored_bytes if owner in truth.owners else 0
         if counted != stored[owner]:
             yield f"{owner} has {stored[owner]} bytes, and {counted} are counted"
+
+
+def ends_are_counted(truth: Truth) -> Iterator[str]:
+    """What Prometheus is told of jobs that have ended, nobody counts again: it must be right."""
+    ended = Counter(job.status for job in truth.jobs.values() if job.status in TERMINAL)
+    if truth.ended != ended:
+        yield f"jobs ended as {dict(ended)}, and {dict(truth.ended)} are counted"
 
 
 def views_are_true(truth: Truth, seen: Seen) -> Iterator[str]:

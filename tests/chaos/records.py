@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from sqlmodel import select
 
 from shared.database import Database
-from shared.repository import logs
+from shared.repository import logs, tallies
 from shared.repository.logs import StoredEntry
 from shared.settings import Settings
 from shared.storage import Store
@@ -93,6 +94,7 @@ class Truth:
     part_keys: set[str] = field(default_factory=set)
     exports: list[ExportTask] = field(default_factory=list)
     owners: dict[str, OwnerRow] = field(default_factory=dict)
+    ended: Counter[str] = field(default_factory=Counter)
     history: list[Event] = field(default_factory=list)
     stored: dict[str, tuple[int, str]] = field(default_factory=dict)
     work: list[str] = field(default_factory=list)
@@ -115,6 +117,8 @@ def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Tru
         truth.files = list(session.exec(select(DatasetRow)))
         truth.part_keys = set(session.exec(select(UploadPartRow.key)))
         truth.exports = list(session.exec(select(ExportTask)))
+        ended = tallies.read(session, None, [tallies.JOBS])[tallies.JOBS]
+        truth.ended = Counter({status: found.times for status, found in ended.items() if found.times})
         truth.owners = {owner.name: owner for owner in session.exec(select(OwnerRow))}
     store = Store(settings.artifacts())
     for file in store.list_files():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -88,6 +89,7 @@ def good() -> Run:
             ExportTask(id="ex-1", job_id=JOB, format="f", status=ExportStatus.SUCCEEDED, finished_at=utcnow())
         ],
         owners={"ann": OwnerRow(name="ann", stored_bytes=sum(file.bytes for file in files) + 2)},
+        ended=Counter({"succeeded": 1}),
         history=events(),
         stored={file.key: (file.bytes, file.sha256) for file in files} | {"results/r": (2, "r")},
         work=[JOB, f"{JOB}/checkpoints"],
@@ -205,6 +207,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("work left", "is of an attempt that is over", lambda r: r.truth.work.append(f"{JOB}/1-a")),
     ("no checkpoint", "are on no box", lambda r: r.truth.checkpoints_on_disk.clear()),
     ("bytes", "bytes, and", lambda r: setattr(r.truth.owners["ann"], "stored_bytes", 1)),
+    ("ends", "jobs ended as", lambda r: r.truth.ended.update({"failed": 1})),
     ("page gap", "with gaps", lambda r: r.seen.pages.append(Page("bob", JOB, 1, ((3, "x"),)))),
     ("page", "read other entries", lambda r: r.seen.pages.append(Page("bob", JOB, 1, ((2, "x"),)))),
     ("page ahead", "read other entries", lambda r: r.seen.pages.append(Page("bob", JOB, 4, ((5, "x"),)))),
