@@ -26,10 +26,11 @@ class DiskNeed:
     """Bytes at the moment when the most is there, by what they are for.
 
     `files` are the artifacts by name of their export; `linked` is what a GGUF shares with the file that the
-    others are made from.
+    others are made from. `one_checkpoint` is counted in `checkpoints`.
     """
 
     checkpoints: int
+    one_checkpoint: int
     adapter: int
     merged: int
     conversion: int
@@ -82,6 +83,7 @@ def disk_need(
     ggufs = any(kind.startswith("gguf:") for kind in spec.exports)
     one_checkpoint = adapter_bytes + math.ceil(adapter * OPTIMIZER_BYTES[spec.training.optim])
     return DiskNeed(
+        one_checkpoint=one_checkpoint,
         checkpoints=0 if trained else _most_checkpoints(spec, steps) * one_checkpoint,
         adapter=adapter_bytes,
         merged=sixteen_bit if ggufs or "merged_16bit" in spec.exports else 0,

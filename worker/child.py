@@ -263,6 +263,7 @@ def _fetch_inputs(
         raise JobFailure(
             FailureCode.MODEL_UNAVAILABLE, error.message, "GET /models lists the models of this server."
         ) from error
+    folder = store.folder()
     return Workdir(
         root=root,
         cache=settings.root / "cache",
@@ -270,7 +271,7 @@ def _fetch_inputs(
         model_dir=model.path,
         validation_file=fetched.get("validation_dataset"),
         prepared_bytes=settings.data_cache_bytes,
-        store=store.folder(),
+        store=folder and folder / "jobs" / order.job_id,
         gpu_memory_fraction=settings.gpu_memory_fraction,
         gpus=tuple(order.gpus),
         data_cache=Path(order.hub_cache) / "prepared" if order.hub_cache else None,

@@ -67,6 +67,8 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
         self.evaluation_due = False
         # Whether any of the job's processes wants it: all of them save together, or none does.
         self.agree: Callable[[bool], bool] = bool
+        # Looks at the disk.
+        self.watch: Callable[[], None] = lambda: None
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a later attempt needs to go on from this step; `restore` takes it."""
@@ -103,6 +105,7 @@ class JobCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.check_step()
+        self.watch()
         due = False
         if self._evaluations is not None:
             every, step = self._evaluations.steps, state.global_step

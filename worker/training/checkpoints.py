@@ -159,6 +159,13 @@ class Checkpoints:
             discard(there[step])
 
 
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A complete checkpoint of this attempt, as it was told of when it was published."""
+    record = json.loads((path / RECORD).read_bytes())
+    created_at = datetime.fromisoformat(record["created_at"])
+    return Checkpoint(record["step"], path, _size(path), record["metrics"], created_at)
+
+
 class _UnusableError(Exception):
     """Why a checkpoint can't be gone on from."""
 

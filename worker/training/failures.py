@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from shared.errors import DatasetError, JobFailure
 from shared.lifecycle import FailureCode
@@ -19,6 +21,8 @@ DIVERGED_ADVICE = (
 )
 
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+# So little is left where something large did not fit.
+NO_SPACE_BYTES = 16 * 1024 * 1024
 # Where torch, safetensors and arrow raise errors of their own, the operating system's words are what is left.
 _DISK_WORDS = ("no space left on device", "disk quota exceeded")
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
@@ -43,7 +47,7 @@ def explain(error: BaseException) -> JobFailure:
                 f"{cause}{where}",
                 "Correct the data, upload it again and submit the job again.",
             )
-        if _out_of_disk(cause):
+        if out_of_disk(cause):
             return JobFailure(FailureCode.OUT_OF_DISK, "The disk is full.", DISK_ADVICE)
         if _out_of_memory(cause):
             return JobFailure(
@@ -60,6 +64,11 @@ def explain(error: BaseException) -> JobFailure:
 def tells_of_full_disk(text: str) -> bool:
     """Whether an error's text is the operating system's for a full disk or quota."""
     return any(words in text.lower() for words in _DISK_WORDS)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the folder's disk may be why something could not be written: some libraries don't say."""
+    return shutil.disk_usage(folder).free < NO_SPACE_BYTES
 
 
 def last_line(error: BaseException) -> str:
@@ -83,7 +92,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _out_of_disk(error: BaseException) -> bool:
+def out_of_disk(error: BaseException) -> bool:
+    """Whether the error itself says so."""
     return (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or tells_of_full_disk(str(error))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import bitsandbytes
 import torch
 import trl
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
 from shared.errors import JobStopped
 from worker.training.collate import IGNORED, FlatCollator
+from worker.training.failures import is_full, out_of_disk
 from worker.training.optimizer import AdamW8bit
 
 
@@ -87,13 +90,16 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """The trainer of every engine.
 
     Its collator gives `num_tokens` with each batch, its model `loss`, `num_correct_tokens` and
-    `num_valid_tokens`. Checkpoints are written under `aside` and then given to `publish` with their step.
+    `num_valid_tokens`. Checkpoints are written under `aside` and then given to `publish` with their step,
+    where the disk `fits` one; what is `left_out` is told.
     `check` is asked in evaluations; one that it stops asks `put_off_evaluation` whether to go on.
     """
 
     control: Any
     aside: Path
     publish: Callable[[int], None]
+    fits: Callable[[int], bool]
+    left_out: Callable[[int], None]
     check: Callable[[], None]
     put_off_evaluation: Callable[[], bool]
     # How many of the rows, the last ones, only fill up batches.
@@ -189,12 +195,34 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
         return str(self.aside)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Complete or absent: transformers writes its files one after the other into the final folder."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.publish(self.state.global_step)
-        self.accelerator.wait_for_everyone()
+        """Complete or absent: transformers writes its files one after the other into the final folder.
+
+        Absent where the disk has no room: a job does not die of that.
+        """
+        step, first = self.state.global_step, self.args.should_save
+        if self.any_process(first and not self.fits(step)):
+            return
+        written = self._wrote(lambda: super(JobTrainer, self)._save_checkpoint(model, trial))
+        # Asking all of them waits for all of them, too.
+        if not self.any_process(not written):
+            written = not first or self._wrote(lambda: self.publish(step))
+        if self.any_process(not written) and first:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.left_out(step)
+
+    def _wrote(self, write: Callable[[], None]) -> bool:
+        """Whether the disk took it.
+
+        Raises:
+            Exception: what was wrong was something else.
+        """
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (out_of_disk(error) or is_full(self.aside.parent)):
+                raise
+            return False
+        return True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the exports have Tuneyard's card."""

@@ -15,6 +15,7 @@ from worker.training.exports.manifest import Manifest
 from worker.training.exports.preflight import check_exports
 from worker.training.library_log import library_messages
 from worker.training.models import ResolvedModel, fetch_weights, load_tokenizer, resolve_model
+from worker.training.room import Room
 from worker.training.workdir import Workdir
 
 
@@ -25,11 +26,13 @@ def export_later(later: LaterExport, workdir: Workdir, sink: EventSink, control:
         JobFailure: `export_failed`, `out_of_disk` or `model_unavailable`.
         JobStopped: nothing half-written is left.
     """
-    with library_messages(sink):
-        return _export(later, workdir, sink, control)
+    with library_messages(sink), Room(workdir, sink, control) as room:
+        return _export(later, workdir, sink, control, room)
 
 
-def _export(later: LaterExport, workdir: Workdir, sink: EventSink, control: Control) -> list[Artifact]:
+def _export(
+    later: LaterExport, workdir: Workdir, sink: EventSink, control: Control, room: Room
+) -> list[Artifact]:
     stored = json.loads(later.manifest.read_text(encoding="utf-8"))
     # The very base that was trained, whatever the name stands for by now.
     spec = later.spec.model_copy(
@@ -45,12 +48,12 @@ def _export(later: LaterExport, workdir: Workdir, sink: EventSink, control: Cont
     # The adapter's folder has the tokenizer as it was trained, template and all.
     tokenizer = load_tokenizer(replace(model, path=folder))
     if needs_base:
-        check_exports(spec, model, tokenizer, workdir, control, trained=True)
+        check_exports(spec, model, tokenizer, workdir, control, room, trained=True)
     manifest = Manifest.from_json(stored, later.spec, model)
     if later.checkpoint is not None:
         manifest = replace(manifest, training=replace(manifest.training, exported_step=later.checkpoint))
     trained = Trained(model, tokenizer, manifest, folder, later.checkpoint)
-    made = make_exports(trained, spec.exports, workdir.root, sink, control)
+    made = make_exports(trained, spec.exports, workdir.root, sink, control, room)
     file = made[0]
     if file.kind.startswith("gguf:") and (later.smallest_gguf is None or file.bytes < later.smallest_gguf):
         made.append(publish_modelfile(trained, file.name, workdir.root, sink, control))

@@ -30,6 +30,7 @@ from worker.training.models import (
 )
 from worker.training.overlap import Loading
 from worker.training.ranks import Ranks
+from worker.training.room import Room
 from worker.training.stack import import_stack
 from worker.training.trainer import train
 from worker.training.workdir import Workdir
@@ -53,11 +54,17 @@ def run(
     sink.phase(Phase.PREPARING_DATA)
     # Before anything else loads a library of it: Unsloth has to come first.
     import_stack(plan.engine)
-    with library_messages(sink), Ranks(plan, workdir, control) as ranks:
-        return _run(spec, plan, workdir, sink, ranks)
+    with (
+        library_messages(sink),
+        Ranks(plan, workdir, control) as ranks,
+        Room(workdir, sink, ranks) as room,
+    ):
+        return _run(spec, plan, workdir, sink, ranks, room)
 
 
-def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Ranks) -> list[Artifact]:
+def _run(
+    spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: Ranks, room: Room
+) -> list[Artifact]:
     cap_gpu_memory(plan, workdir.gpu_memory_fraction)
     control.check()
     model = resolve_model(spec, workdir, control)
@@ -82,14 +89,14 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
 
     sink.phase(Phase.LOADING_MODEL)
     trained = loading.result() if loading else _load(spec, plan, model)
-    check_exports(spec, model, tokenizer, workdir, control)
+    check_exports(spec, model, tokenizer, workdir, control, room)
     sink.log(Entry(message=describe(model, plan, trained)))
     control.check()
 
     control.join(data)
     sink.phase(Phase.TRAINING)
     output = workdir.root / CHECKPOINTS
-    result = train(spec, plan, trained, tokenizer, data, output, sink, control, model.revision)
+    result = train(spec, plan, trained, tokenizer, data, output, sink, control, model.revision, room)
     control.leave()
 
     sink.phase(Phase.EXPORTING)
@@ -108,7 +115,7 @@ def _run(spec: JobSpec, plan: Plan, workdir: Workdir, sink: EventSink, control: 
         data_report=data.report,
         training=result,
     )
-    return _export(Trained(model, tokenizer, manifest, adapter), workdir.root, sink, control)
+    return _export(Trained(model, tokenizer, manifest, adapter), workdir.root, sink, control, room)
 
 
 def cap_gpu_memory(plan: Plan, fraction: float) -> None:
@@ -149,7 +156,7 @@ def check_length(spec: JobSpec, model: ResolvedModel) -> None:
         )
 
 
-def _export(trained: Trained, root: Path, sink: EventSink, control: Control) -> list[Artifact]:
+def _export(trained: Trained, root: Path, sink: EventSink, control: Control, room: Room) -> list[Artifact]:
     """The record of the run first, then what was asked for."""
     target = root / "exports"
     target.mkdir(parents=True, exist_ok=True)
@@ -167,7 +174,7 @@ def _export(trained: Trained, root: Path, sink: EventSink, control: Control) -> 
         adapter = export_adapter(trained.adapter, manifest, trained.file_name("adapter"), target, control)
         made.append(replace(adapter, listed=False))
         sink.artifact(made[-1])
-    made += make_exports(trained, manifest.spec.exports, root, sink, control)
+    made += make_exports(trained, manifest.spec.exports, root, sink, control, room)
     ggufs = [a for a in made if a.kind.startswith("gguf:")]
     if ggufs:
         # The smallest of them: what most people will run.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import time
@@ -11,10 +10,9 @@ from pathlib import Path
 from shared.errors import JobFailure
 from shared.events import Control
 from shared.lifecycle import FailureCode
-from worker.training.failures import DISK_ADVICE, tells_of_full_disk
+from worker.training.failures import DISK_ADVICE, is_full, tells_of_full_disk
 
 POLL_SECONDS = 0.1
-NO_SPACE_BYTES = 16 * 1024 * 1024
 
 
 def run_tool(what: str, command: list[str], control: Control, *, scratch: Path, limit_seconds: float) -> str:
@@ -56,7 +54,7 @@ def _explain(what: str, code: int, output: str, scratch: Path) -> JobFailure:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     said = lines[-1] if lines else "it wrote nothing"
     # llama.cpp says no more than that it could not write.
-    if tells_of_full_disk(said) or shutil.disk_usage(scratch).free < NO_SPACE_BYTES:
+    if tells_of_full_disk(said) or is_full(scratch):
         return JobFailure(FailureCode.OUT_OF_DISK, f"{what}: the disk is full.", DISK_ADVICE)
     if code == -signal.SIGKILL:
         return JobFailure(

@@ -12,12 +12,13 @@ from shared.events import Entry, EventSink, TrainingControl
 from shared.lifecycle import Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
-from worker.checkpoints import checkpoint_folder
+from worker.checkpoints import checkpoint_folder, complete_checkpoints
 from worker.training.checkpoints import Checkpoints, Identity, Restored
 from worker.training.engines import engine_of
 
 if TYPE_CHECKING:
     from worker.training.data import PreparedData
+    from worker.training.room import Room
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def train(
     sink: EventSink,
     control: TrainingControl,
     revision: str | None = None,
+    room: Room | None = None,
 ) -> TrainingResult:
     """Train the adapter of `model` in place, from the newest checkpoint that fits where there is one.
 
@@ -59,6 +61,7 @@ def train(
             are evaluated.
         output: where checkpoints go, as `checkpoint-STEP` folders, and where those of earlier attempts are.
         revision: the model's; a checkpoint that was made with another is not used.
+        room: what is left on the disk; without it there is always enough.
 
     Raises:
         JobFailure: `diverged`: the loss or the gradient is no longer a finite number.
@@ -91,6 +94,10 @@ def train(
         sink.checkpoint(checkpoints.publish(step, state, callback.checkpoint_metrics(), callback.kept_step()))
 
     trainer.aside, trainer.publish = checkpoints.aside, publish
+    trainer.fits, trainer.left_out = (lambda _step: True), (lambda _step: None)
+    if room is not None:
+        trainer.fits = lambda step: room.fits_checkpoint(step, callback.kept_step())
+        trainer.left_out, callback.watch = room.left_out, room.watch
     # One process of several can't leave an evaluation by itself: the others would wait for its share.
     alone = plan.gpus == 1
     trainer.check = control.check if alone else callback.check_step
@@ -142,13 +149,13 @@ def _result(
     last = int(callback.history[-1]["step"] or 0)
     best = int(callback.best["step"] or 0) if callback.best else None
     exported = last
-    if best is not None and best != last and spec.training.early_stopping_patience is not None:
-        exported = best
-        _load_adapter(trainer.model, checkpoint_folder(output, best))
+    if best is not None and spec.training.early_stopping_patience is not None:
+        exported = _best_kept(callback.evaluated, output, last)
+        if exported != last:
+            _load_adapter(trainer.model, checkpoint_folder(output, exported))
     if best is not None:
-        why = (
-            "the lowest eval loss" if exported == best else f"the last; step {best} had the lowest eval loss"
-        )
+        which = "the last" if exported == last else "the best that was kept"
+        why = "the lowest eval loss" if exported == best else f"{which}; step {best} had the lowest eval loss"
         sink.log(Entry(message=f"Exporting the adapter of step {exported}: {why}."))
     used = _what_ran(plan, trainer, callback, memory_before)
     for shortfall in engine_of(plan).shortfalls(used):
@@ -162,6 +169,13 @@ def _result(
         best_step=best,
         used=used,
     )
+
+
+def _best_kept(evaluated: list[dict[str, Any]], output: Path, last: int) -> int:
+    """The step with the lowest eval loss of those with an adapter: a full disk may have left some out."""
+    there = {last, *complete_checkpoints(output)}
+    kept = [row for row in evaluated if row["step"] in there]
+    return int(min(kept, key=lambda row: float(row["eval_loss"]))["step"]) if kept else last
 
 
 def make_trainer(

@@ -17,9 +17,9 @@ class Workdir:
     `data_cache` is where prepared data is kept, None for the one in `cache` that all owners share.
     `gpus` are the numbers of the job's GPUs, as nvidia-smi has them, where it runs on several.
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
-    a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where finished files
-    go, None where that is on no disk of this machine. `gpu_memory_fraction` is the share of each GPU's memory
-    that the attempt may take.
+    a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where the job's
+    finished files go, which may not be there yet; None where that is on no disk of this machine.
+    `gpu_memory_fraction` is the share of each GPU's memory that the attempt may take.
     """
 
     root: Path

@@ -17,6 +17,7 @@ from worker.training.exports.manifest import Manifest
 from worker.training.exports.merged import export_merged, merge_adapter
 from worker.training.exports.modelfile import modelfile, own_modelfile
 from worker.training.models import ResolvedModel
+from worker.training.room import Room
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Trained:
 
 
 def make_exports(
-    trained: Trained, formats: Sequence[str], root: Path, sink: EventSink, control: Control
+    trained: Trained, formats: Sequence[str], root: Path, sink: EventSink, control: Control, room: Room
 ) -> list[Artifact]:
     """Make the files in `root`/exports and tell each as soon as it is complete.
 
@@ -58,6 +59,7 @@ def make_exports(
     ggufs = [kind for kind in formats if kind.startswith("gguf:")]
     if not ggufs and "merged_16bit" not in formats:
         return made
+    room.fit_exports()
     merged = root / "merged"
     try:
         sink.log(Entry(message="Merging the adapter into the base model."))

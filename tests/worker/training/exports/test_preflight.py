@@ -14,11 +14,8 @@ from shared.errors import JobFailure
 from shared.events import MemorySink
 from shared.lifecycle import FailureCode, Phase
 from tests.worker.training.samples import make_spec, new_workdir, run_job
-from worker.training.exports.preflight import check_room
-from worker.training.workdir import Workdir
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
-GB = 1_000_000_000
 FOUR_B = 4_513_000_000
 
 
@@ -37,25 +34,6 @@ def test_what_a_job_needs_is_counted_at_its_peak() -> None:
     assert ggufs.store > 16e9
     assert disk_need(make_spec({"max_steps": None, "save_total_limit": 9}), FOUR_B).checkpoints > 2.5e9
     assert disk_need(make_spec(), FOUR_B, trained=True).checkpoints == 0
-
-
-def test_too_little_room_names_what_is_needed_and_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need = disk_need(make_spec(exports=["adapter", "merged_16bit"]), FOUR_B, 33_000_000)
-    one_disk = Workdir(root=tmp_path, cache=tmp_path, store=tmp_path)
-    room(monkeypatch, need.total)
-    check_room(need, one_disk)
-    room(monkeypatch, need.total - 1)
-    with pytest.raises(JobFailure, match=r"needs about 18\.\d\d GB.* 18\.\d\d GB are free.*merged") as caught:
-        check_room(need, one_disk)
-    assert caught.value.code == FailureCode.OUT_OF_DISK
-    # With a store elsewhere, a finished file leaves the work folder before the next is made.
-    check_room(need, Workdir(root=tmp_path, cache=tmp_path))
-    # Checkpoints that are there from an earlier attempt need no room again.
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "weights").write_bytes(b"w" * 1000)
-    check_room(need, one_disk)
 
 
 @pytest.mark.train
