@@ -22,7 +22,7 @@ def gc(
         bool, typer.Option("--force", help="Remove files without a row even if most of the store's are.")
     ] = False,
 ) -> None:
-    """Remove checkpoints, model files and log entries that the settings say are old, and stray files.
+    """Remove checkpoints, model files, log entries and caches that the settings say are old, and stray files.
 
     Workers do the same every hour.
     """

@@ -59,6 +59,8 @@ class Settings(BaseSettings):
 
     data_cache_bytes: Annotated[int, Field(ge=0)] = 50 << 30
     compile_cache_bytes: Annotated[int, Field(ge=0)] = 10 << 30
+    owner_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    keep_cache_days: Annotated[float, Field(ge=0)] | None = 30
 
     keep_checkpoint_days: Annotated[float, Field(ge=0)] | None = 30
     keep_last_checkpoints: Annotated[int, Field(ge=1)] | None = None

@@ -34,6 +34,7 @@ from shared.settings import Settings
 from shared.spec import FileDataset, JobSpec
 from shared.storage import Store
 from shared.vault import Redactor
+from worker.caches import COMPILED, PREPARED, use
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import complete_checkpoints
 from worker.export_order import LaterExport, read_export
@@ -190,6 +191,9 @@ def _begin(order: Order) -> Attempt:
 def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildControl) -> None:
     order, settings, sink = attempt.order, attempt.settings, attempt.sink
     try:
+        use(settings.root / "cache" / COMPILED)
+        if order.hub_cache:
+            use(Path(order.hub_cache))
         if order.export_id is not None:
             later = read_export(order, order.export_id, attempt.database, attempt.store)
             workdir = _fetch_inputs(order, settings, attempt.store, later.spec, {})
@@ -274,7 +278,7 @@ def _fetch_inputs(
         store=folder and folder / "jobs" / order.job_id,
         gpu_memory_fraction=settings.gpu_memory_fraction,
         gpus=tuple(order.gpus),
-        data_cache=Path(order.hub_cache) / "prepared" if order.hub_cache else None,
+        data_cache=Path(order.hub_cache) / PREPARED if order.hub_cache else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Removing what the settings say is old: checkpoints, model files, logs, and files that no row names.
+"""Removing what the settings say is old: checkpoints, model files, logs, caches, and files that no row names.
 
 Never of a job that has not ended or of which something is being made, and never silently: each removal is an
 entry in the job's log, and one of the list that `tuneyard gc` prints. Rows go first, then files: what is
@@ -25,7 +25,9 @@ from shared.lifecycle import TERMINAL
 from shared.repository import jobs, logs, retention
 from shared.settings import Settings
 from shared.storage import Store, StoredFile
+from worker.caches import collect_caches
 from worker.checkpoints import FOLDER, complete_checkpoints, discard
+from worker.removed import Removed
 
 # A file is put into the store before its row is written: younger ones may be about to get theirs.
 STRAY_SECONDS = 86_400.0
@@ -37,16 +39,6 @@ AT_A_TIME = 500
 AT_LEAST = 20
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Removed:
-    """Something that was removed, or would be: of which job, if it is a job's, and how much."""
-
-    what: str
-    job_id: str | None
-    why: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,7 @@ def collect(
         *_collect_models(database, store, settings, dry_run=dry_run),
         *_cut_logs(database, settings, dry_run=dry_run),
         *_collect_leftovers(settings, dry_run=dry_run),
+        *collect_caches(database, settings, dry_run=dry_run),
         *_collect_strays(database, store, dry_run=dry_run, force=force),
     ]
 

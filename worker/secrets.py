@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from shared.errors import TuneyardError
 from shared.repository import secrets
 from shared.settings import Settings
 from shared.vault import VARIABLES, Vault
+from worker.caches import owner_cache
 
 HUB_TOKEN = VARIABLES["hub_token"]
 
@@ -23,7 +23,7 @@ class OwnerSecrets:
     def __init__(self, settings: Settings, database: Database) -> None:
         self._vault = Vault(settings)
         self._database = database
-        self._caches = settings.root / "cache" / "owners"
+        self._caches = settings.root / "cache"
 
     def of(self, owner: str) -> dict[str, str]:
         """By variable. One that can't be opened here is left out, and the worker's log says so."""
@@ -41,4 +41,4 @@ class OwnerSecrets:
         """The owner's own folder for what its token opens on the hub; None without a token."""
         if HUB_TOKEN not in secrets:
             return None
-        return self._caches / hashlib.sha256(owner.encode()).hexdigest()[:32]
+        return owner_cache(self._caches, owner)

@@ -21,6 +21,7 @@ from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import Job, WorkerRow
+from worker.caches import COMPILED
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import take_over
 from worker.claims import Claims
@@ -36,11 +37,10 @@ from worker.retention import collect_in_background
 from worker.secrets import OwnerSecrets
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
-from worker.sweep import SWEEP_SECONDS, bound, remove_in_background, sweep
+from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep
 from worker.usage import Usage
 
 SEEN_SECONDS = 5.0
-BOUND_SECONDS = 3600.0
 COLLECT_SECONDS = 3600.0
 # A process that dies sooner than this has hardly begun its job.
 QUICK_DEATH_SECONDS = 20.0
@@ -79,7 +79,6 @@ class Supervisor:
             slots=[slot.to_json() for slot in slots],
         )
         self._seen = self._swept = -SWEEP_SECONDS
-        self._bounded = -BOUND_SECONDS
         # Not as it starts: whoever starts it with the wrong settings has an hour to see it.
         self._collected = time.monotonic()
         self._ticked_at = time.time()
@@ -90,7 +89,7 @@ class Supervisor:
         self._secrets = OwnerSecrets(settings, database)
         self._usage = Usage(slots)
         self._work = settings.root / "work"
-        self._compile_cache = settings.root / "cache" / "compiled"
+        self._compile_cache = settings.root / "cache" / COMPILED
         self._exports = Exports(
             settings, database, doorbell, self._worker.id, self._start_process, self._secrets
         )
@@ -130,9 +129,6 @@ class Supervisor:
         if now - self._swept >= SWEEP_SECONDS:
             sweep(self._database, self._work)
             self._swept = now
-        if now - self._bounded >= BOUND_SECONDS and not self._children:
-            bound(self._compile_cache, self._settings.compile_cache_bytes)
-            self._bounded = now
         if now - self._collected >= COLLECT_SECONDS:
             collect_in_background(self._database, self._settings)
             self._collected = now

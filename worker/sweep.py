@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import stat
 import threading
 import time
 from pathlib import Path
@@ -62,24 +61,6 @@ def _is_old(attempt: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - attempt.stat().st_mtime > SWEEP_SECONDS
     return False
-
-
-def bound(cache: Path, limit: int) -> None:
-    """Remove the files used longest ago until at most `limit` bytes are left, and emptied folders."""
-    found = []
-    for file in cache.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            seen = file.lstat()
-            if not stat.S_ISDIR(seen.st_mode):
-                found.append((max(seen.st_atime, seen.st_mtime), file, seen.st_size))
-    total = sum(size for *_, size in found)
-    for _, file, size in sorted(found):
-        if total <= limit:
-            break
-        file.unlink(missing_ok=True)
-        total -= size
-        with contextlib.suppress(OSError):  # others are in it
-            file.parent.rmdir()
 
 
 def _is_running(pid: str) -> bool:

@@ -19,6 +19,11 @@ def list_secrets(session: Session, owner: str) -> list[OwnerSecret]:
     return list(session.exec(statement.order_by(col(OwnerSecret.name))))
 
 
+def owners_of(session: Session, name: str) -> list[str]:
+    """Who has a secret of that name."""
+    return list(session.exec(select(OwnerSecret.owner).where(OwnerSecret.name == name)))
+
+
 def delete_secret(session: Session, owner: str, name: str) -> None:
     """
     Raises:

@@ -23,7 +23,7 @@ from tests.worker.test_supervisor import child_pid, entries, read, wait_status
 from worker import standby
 from worker.process import Process
 from worker.standby import Standbys
-from worker.sweep import bound, sweep
+from worker.sweep import sweep
 
 GPU = Device("cuda", 0, "GPU", 80 << 30, ("reference", "compiled", "unsloth"))
 OTHER_GPU = Device("cuda", 1, "GPU", 80 << 30, ("reference", "compiled", "unsloth"))
@@ -142,19 +142,6 @@ def test_folders_of_standbys_that_nobody_watches_are_swept(database: Database, t
     sweep(database, tmp_path)
     left = tmp_path / f"standby-{os.getpid()}-1"
     assert wait_for(lambda: list(tmp_path.glob("standby-*")) == [left])
-
-
-def test_the_compile_cache_loses_what_was_used_longest_ago(tmp_path: Path) -> None:
-    for age in (3, 1, 2):
-        file = tmp_path / "inductor" / f"{age}" / "kernel.so"
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"x" * 100)
-        os.utime(file, (1e9 - age, 1e9 - age))
-    bound(tmp_path, 300)
-    assert len(list(tmp_path.rglob("*.so"))) == 3
-    bound(tmp_path, 250)
-    assert sorted(f.name for f in tmp_path.glob("inductor/*")) == ["1", "2"]
-    bound(tmp_path / "absent", 0)
 
 
 def test_each_gpu_has_one_of_the_engine_that_ran_last(tmp_path: Path) -> None:

@@ -86,11 +86,24 @@ def _found_or_made(root: Path, folder: Path, make: Callable[[Path], None], limit
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _evict(root, folder, limit)
+    evict(root, limit, keep=folder)
     return folder, False
 
 
-def _evict(root: Path, keep: Path, limit: int) -> None:
+def evict(
+    root: Path, limit: int, *, keep: Path | None = None, before: float | None = None, dry_run: bool = False
+) -> list[tuple[int, str]]:
+    """Give up folders used before a time (Unix), and the least recently used over `limit` bytes in all.
+
+    Args:
+        keep: a folder that stays.
+
+    Returns:
+        size and name of each.
+    """
+    if not root.is_dir():
+        return []
+    gone = []
     with filelock.FileLock(root / "evict.lock"):
         now = time.time()
         folders: list[tuple[float, Path, int]] = []
@@ -104,21 +117,25 @@ def _evict(root: Path, keep: Path, limit: int) -> None:
                 continue
             if not folder.name.startswith("."):
                 folders.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
-            elif now - used > STALE_SECONDS:
+            elif now - used > STALE_SECONDS and not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
         total = sum(size for *_, size in folders)
-        for _, folder, size in sorted(folders):
-            if total <= limit:
+        for used, folder, size in sorted(folders):
+            if total <= limit and (before is None or used >= before):
                 break
-            if folder != keep and _give_up(root, folder):
+            if folder != keep and _give_up(root, folder, dry_run=dry_run):
                 total -= size
+                gone.append((size, folder.name))
+    return gone
 
 
-def _give_up(root: Path, folder: Path) -> bool:
-    """Remove a folder, unless a job is about to open its files."""
+def _give_up(root: Path, folder: Path, *, dry_run: bool) -> bool:
+    """Remove a folder, unless a job is about to open its files; whether it went, or would go."""
     try:
         with filelock.FileLock(root / f"{folder.name}.lock", timeout=0):
             # Renamed first: nobody may find it half gone.
+            if dry_run:
+                return True
             gone = folder.rename(root / f".gone-{folder.name}-{os.getpid()}")
     except filelock.Timeout:
         return False
