@@ -146,6 +146,20 @@ class TrainingSpec(SpecModel):
         return patience
 
 
+# W&B's own limits; its URLs have project and entity as parts of their paths.
+WandbName = Annotated[PlainText, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
+WandbTag = Annotated[PlainText, Field(min_length=1, max_length=64)]
+
+
+class WandbSpec(SpecModel):
+    """Where at W&B a job's run goes; null leaves it to the settings of the account that reports."""
+
+    project: WandbName | None = None
+    name: Name | None = None
+    entity: WandbName | None = None
+    tags: Annotated[tuple[WandbTag, ...], Field(max_length=20), AfterValidator(_distinct)] = ()
+
+
 # Jobs are filtered by `metadata[key]=value`, where brackets and quotes have a meaning of their own.
 MetadataKey = Annotated[PlainText, Field(min_length=1, max_length=64, pattern=r'^[^"\\\[\]]+$')]
 MetadataValue = Annotated[PlainText, Field(max_length=512)]
@@ -179,6 +193,7 @@ class JobSpec(SpecModel):
         tuple[ExportFormat, ...], Field(min_length=1, max_length=6), AfterValidator(_distinct)
     ] = ("adapter",)
     report_to: Annotated[tuple[Reporter, ...], Field(max_length=4), AfterValidator(_distinct)] = ()
+    wandb: WandbSpec | None = None
     priority: Priority = "normal"
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = {}
 
@@ -203,6 +218,13 @@ class JobSpec(SpecModel):
         if fraction and info.data.get("validation_dataset") is not None:
             raise ValueError("and validation_dataset exclude each other: leave one of them out")
         return fraction
+
+    @field_validator("wandb")
+    @classmethod
+    def _its_run_is_reported(cls, wandb: WandbSpec | None, info: ValidationInfo) -> WandbSpec | None:
+        if wandb is not None and "wandb" not in info.data.get("report_to", ("wandb",)):
+            raise ValueError("says where the run goes: name wandb in report_to too")
+        return wandb
 
     @field_validator("precision")
     @classmethod

@@ -26,7 +26,8 @@ Ending = Literal["succeeded", "failed", "stopped"]
 class Run:
     """What the reporter is told of the job.
 
-    `config` is the spec, flat (`lora.r`). `folder` is the job's own, `shared` one for all jobs of the box.
+    `config` is the spec, flat (`lora.r`), and `wandb` its part of that name. `folder` is the job's own,
+    `shared` one for all jobs of the box.
     """
 
     job_id: str
@@ -34,6 +35,7 @@ class Run:
     config: dict[str, Any]
     folder: str
     shared: str
+    wandb: dict[str, Any]
 
 
 class Destination(Protocol):
@@ -61,8 +63,10 @@ class Wandb:
             x_save_requirements=False,
         )
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
-            name=run.title[:128],
+            entity=run.wandb.get("entity"),
+            project=run.wandb.get("project") or os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
+            name=(run.wandb.get("name") or run.title)[:128],
+            tags=run.wandb.get("tags"),
             id=run.job_id,
             resume="allow",
             config=run.config,

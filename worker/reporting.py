@@ -244,6 +244,7 @@ def _run_of(job_id: str, spec: JobSpec, folder: Path, shared: Path) -> Run:
         config=_flat(spec.to_json()),
         folder=str(folder),
         shared=str(shared),
+        wandb=spec.wandb.model_dump(mode="json") if spec.wandb else {},
     )
 
 

@@ -38,13 +38,19 @@ def attempt(tmp_path: Path) -> Attempt:
     """Runs one attempt of a job that tells these steps, with an evaluation of the last one."""
     count = 0
 
-    def run(*report_to: str, steps: range = range(1, 4), given: dict[str, str] | None = None) -> MemorySink:
+    def run(
+        *report_to: str,
+        steps: range = range(1, 4),
+        given: dict[str, str] | None = None,
+        wandb: dict[str, Any] | None = None,
+    ) -> MemorySink:
         nonlocal count
         count += 1
         root = tmp_path / JOB / f"{count}-token"
         (root / "tmp").mkdir(parents=True)
         order = Order(JOB, "token", str(root), {}, reporting=given or {})
-        spec = JobSpec.from_json({"report_to": list(report_to), "name": "Tides", "lora": {"r": 8}})
+        asked = {"report_to": list(report_to), "name": "Tides", "lora": {"r": 8}, "wandb": wandb}
+        spec = JobSpec.from_json(asked)
         sink = MemorySink()
         with reporting(order, spec, tmp_path / "data", sink) as told:
             row: dict[str, float | int | None] = {}
@@ -130,9 +136,14 @@ def test_trackio_keeps_its_runs_in_the_data_folder(attempt: Attempt, tmp_path: P
     assert sorted(steps) == [1, 2, 3, 4, 5]
 
 
+def wandb_file(folder: Path) -> Path:
+    (file,) = (folder / JOB / "reports" / "wandb").glob(f"wandb/offline-run-*-{JOB}/run-{JOB}.wandb")
+    return file
+
+
 def test_wandb_offline_keeps_a_run_under_the_jobs_id(attempt: Attempt, tmp_path: Path) -> None:
     assert warnings(attempt("wandb", given={"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET})) == []
-    (file,) = (tmp_path / JOB / "reports" / "wandb").glob(f"wandb/offline-run-*-{JOB}/run-{JOB}.wandb")
+    file = wandb_file(tmp_path)
     steps: dict[int, dict[str, Any]] = {}
     project = name = ""
     for record in wandb_records(file):
@@ -145,6 +156,15 @@ def test_wandb_offline_keeps_a_run_under_the_jobs_id(attempt: Attempt, tmp_path:
     assert [steps[step]["train/loss"] for step in (1, 2)] == [1.0, 0.5]
     assert steps[3]["eval/loss"] == 0.25
     assert SECRET.encode() not in file.read_bytes()
+
+
+def test_a_job_says_where_at_wandb_its_run_goes(attempt: Attempt, tmp_path: Path) -> None:
+    asked = {"project": "harbours", "name": "high water", "entity": "tide-team", "tags": ["lora", "r8"]}
+    given = {"WANDB_MODE": "offline", "WANDB_PROJECT": "the-workers", "WANDB_ENTITY": "the-workers"}
+    assert warnings(attempt("wandb", given=given, wandb=asked)) == []
+    (run, *_) = (r.run for r in wandb_records(wandb_file(tmp_path)) if r.HasField("run"))
+    told = {"project": run.project, "name": run.display_name, "entity": run.entity, "tags": [*run.tags]}
+    assert told == asked
 
 
 def test_a_reporter_that_is_not_installed_is_one_warning(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from api.errors import invalid_spec
 from api.services.jobs import load_json
 from shared.errors import InvalidRequest
-from shared.spec import FILE_ID, JobSpec, TrainingSpec
+from shared.spec import FILE_ID, JobSpec, TrainingSpec, WandbName, WandbSpec
 
 HUB = "hub:"
 WANDB = "wandb"
@@ -69,11 +69,8 @@ class _Method(_Body):
     reinforcement: Any = None
 
 
-class _Wandb(_Body):
-    project: str
-    name: str | None = None
-    entity: str | None = None
-    tags: list[str] | None = None
+class _Wandb(WandbSpec):
+    project: WandbName
 
 
 class _Integration(_Body):
@@ -93,7 +90,7 @@ class _Create(_Body):
     metadata: dict[str, Any] | None = None
     method: _Method | None = None
     hyperparameters: _Hyperparameters | None = None
-    integrations: Annotated[list[_Integration], Field(max_length=10)] | None = None
+    integrations: Annotated[list[_Integration], Field(max_length=1)] | None = None
 
 
 def parse_create(body: bytes) -> JobSpec:
@@ -150,9 +147,11 @@ def _document(asked: _Create) -> dict[str, Any]:
     if asked.metadata is not None:
         document["metadata"] = asked.metadata
     reporters = document.get("report_to", [])
-    if asked.integrations and isinstance(reporters, list) and WANDB not in reporters:
-        # Its project and entity are the worker's: whose account it is decides where in it runs go.
-        document["report_to"] = [*reporters, WANDB]
+    if asked.integrations:
+        (integration,) = asked.integrations
+        _put(document, WANDB, integration.wandb.model_dump(mode="json"), "integrations")
+        if isinstance(reporters, list) and WANDB not in reporters:
+            document["report_to"] = [*reporters, WANDB]
     _put(document, "name", asked.suffix, "suffix")
     for name, value, given in _training(asked):
         _put(training, name, value, given)

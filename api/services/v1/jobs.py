@@ -35,7 +35,7 @@ from shared.repository import files, logs
 from shared.repository import jobs as job_rows
 from shared.repository.jobs import Page
 from shared.repository.logs import StoredEntry
-from shared.spec import FileDataset, HubDataset, JobSpec
+from shared.spec import FileDataset, HubDataset, JobSpec, WandbSpec
 from shared.tables import CheckpointRow
 
 EVENT_ID = re.compile(r"ftevent-([0-9a-z]{24})-([0-9]{1,18})")
@@ -149,7 +149,7 @@ def _job(job: JobOut, results: list[str], last: Mapping[str, Any]) -> JobV1:
         fine_tuned_model=tuned_model(spec.model, job.owner, spec.name, job.id) if done else None,
         finished_at=seconds(job.finished_at) if job.finished_at else None,
         hyperparameters=hyperparameters,
-        integrations=[_wandb(spec.name or job.id)] if WANDB in spec.report_to else [],
+        integrations=[_wandb(spec, job.id)] if WANDB in spec.report_to else [],
         metadata=dict(spec.metadata),
         method=MethodV1(supervised=SupervisedV1(hyperparameters=hyperparameters)),
         model=spec.model,
@@ -168,8 +168,15 @@ def _job(job: JobOut, results: list[str], last: Mapping[str, Any]) -> JobV1:
     )
 
 
-def _wandb(name: str) -> dict[str, Any]:
-    return {"type": WANDB, WANDB: {"project": WORKERS_PROJECT, "name": name, "entity": None, "tags": []}}
+def _wandb(spec: JobSpec, job_id: str) -> dict[str, Any]:
+    asked = spec.wandb or WandbSpec()
+    shown = {
+        "project": asked.project or WORKERS_PROJECT,
+        "name": asked.name or spec.name or job_id,
+        "entity": asked.entity,
+        "tags": list(asked.tags),
+    }
+    return {"type": WANDB, WANDB: shown}
 
 
 def _status(status: JobStatus) -> Any:

@@ -55,6 +55,8 @@ WRONG: list[tuple[str, str, str | None]] = [
     ('{"exports": ["adapter", "adapter"]}', "invalid_value", "exports"),
     ('{"report_to": ["pigeon"]}', "invalid_value", "report_to.0"),
     ('{"report_to": ["wandb", "wandb"]}', "invalid_value", "report_to"),
+    ('{"wandb": {"project": "p"}}', "invalid_value", "wandb"),
+    ('{"report_to": ["wandb"], "wandb": {"project": "a/b"}}', "invalid_value", "wandb.project"),
     ('{"engine": "warp"}', "invalid_value", "engine"),
     ('{"name": "a\\u0000b"}', "invalid_value", "name"),
     ('{"metadata": {"k": 1}}', "invalid_type", "metadata.k"),

@@ -9,7 +9,7 @@ import pytest
 
 from api.services.v1.create import in_openai_terms, multiplier, parse_create
 from shared.errors import InvalidRequest, MalformedRequest
-from shared.spec import FileDataset, HubDataset, JobSpec
+from shared.spec import FileDataset, HubDataset, JobSpec, WandbSpec
 
 FILE = "file-" + "0" * 24
 OTHER = "file-" + "1" * 24
@@ -81,6 +81,11 @@ def test_an_integration_is_a_reporter() -> None:
     assert parse(integrations=[WANDB]).report_to == ("wandb",)
     assert parse(integrations=[WANDB], report_to=["tensorboard"]).report_to == ("tensorboard", "wandb")
     assert parse(integrations=[WANDB], report_to=["wandb"]).report_to == ("wandb",)
+    assert parse(integrations=[WANDB]).wandb == WandbSpec(project="mine", tags=("a",))
+    whole = {"project": "mine", "name": "run 1", "entity": "team", "tags": ["a", "b"]}
+    asked = parse(integrations=[{"type": "wandb", "wandb": whole}]).wandb
+    assert asked is not None
+    assert asked.model_dump(mode="json") == whole
     assert parse(integrations=[]).report_to == ()
 
 
@@ -105,6 +110,18 @@ def test_a_data_set_of_the_hub_has_a_name_too() -> None:
         ),
         ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations.0.wandb.project", "missing_field"),
         ({"integrations": [WANDB], "report_to": 3}, "report_to", "invalid_type"),
+        ({"integrations": [WANDB, WANDB]}, "integrations", "out_of_range"),
+        ({"integrations": [WANDB], "wandb": {"project": "p"}}, "integrations", "invalid_value"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "a/b"}}]},
+            "integrations.0.wandb.project",
+            "invalid_value",
+        ),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p", "api_key": "k"}}]},
+            "integrations.0.wandb.api_key",
+            "unknown_field",
+        ),
         ({"n_epochs": 3}, "n_epochs", "unknown_field"),
         ({"lora": {"r": 0}}, "lora.r", "out_of_range"),
         ({"dataset": {"source": "hub"}}, "dataset", "invalid_value"),
