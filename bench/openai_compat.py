@@ -174,7 +174,7 @@ class _Calls:
         )
         answer.raise_for_status()
         self.last = answer.json()
-        route = f"{method} /{re.sub(r'(ftjob-|file-|upload_|we_|ft:)[^/]+', '{id}', path)}"
+        route = f"{method} /{re.sub(r'(ftjob-|file-|upload_|we_)[^/]+|ft:.+', '{id}', path)}"
         if not listed:
             yield from compare(route, kind, self.last)
             return

@@ -103,3 +103,19 @@ async def test_a_model_is_there_as_long_as_its_files(api: Api, tmp_path: Path) -
 
 async def test_a_model_of_the_hub_may_be_asked_for(api: Api) -> None:
     assert (await api.ann.get("/v1/models/some%2Fmodel")).json()["id"] == "some/model"
+
+
+async def test_an_integration_comes_back_as_it_was_asked_for(api: Api) -> None:
+    whole = {"project": "tides", "name": "run 1", "entity": "team", "tags": ["a", "b"]}
+    asked = [{"type": "wandb", "wandb": whole}]
+    made = await api.ann.post(JOBS, json=await body(api, integrations=asked))
+    job = (await api.ann.get(f"{JOBS}/{made.json()['id']}")).json()
+    assert made.json()["integrations"] == job["integrations"] == asked
+    spec = (await api.ann.get(f"/jobs/{job['id']}")).json()["spec"]
+    assert (spec["report_to"], spec["wandb"]) == (["wandb"], whole)
+    # What a job says on the native face is seen here, too.
+    native = await api.create(name="high water", report_to=["wandb"])
+    job = (await api.ann.get(f"{JOBS}/{native}")).json()
+    shown = {"project": "(the worker's)", "name": "high water", "entity": None, "tags": []}
+    assert job["integrations"] == [{"type": "wandb", "wandb": shown}]
+    assert (await api.ann.get(f"{JOBS}/{await api.create()}")).json()["integrations"] == []
