@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -10,6 +12,7 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.params import Query as QueryInfo
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import AfterValidator
 
 from api.audit import CALLER
 from api.context import Caller, Context
@@ -118,42 +121,28 @@ async def count_open(context: ContextDep, caller: CallerDep) -> AsyncIterator[No
         yield
 
 
-# An id that can't be one is as absent as one that names nothing.
-async def _job_id(job_id: Annotated[str, Path(description="`ftjob-…`")]) -> str:
-    if not JOB_ID.fullmatch(job_id):
-        raise NotFound("No such job.", param="id", code="job_not_found")
-    return job_id
+def _known(pattern: re.Pattern[str], what: str, value: str, param: str = "id") -> str:
+    """An id that can't be one is as absent as one that names nothing.
+
+    Raises:
+        NotFound: it can't be one.
+    """
+    if not pattern.fullmatch(value):
+        raise NotFound(f"No such {what}.", param=param, code=f"{what}_not_found")
+    return value
 
 
-async def _dataset_id(dataset_id: Annotated[str, Path(description="`file-…`")]) -> str:
-    if not DATASET_ID.fullmatch(dataset_id):
-        raise NotFound("No such dataset.", param="id", code="dataset_not_found")
-    return dataset_id
-
-
-async def _file_id(file_id: Annotated[str, Path(description="`file-…`")]) -> str:
-    if not DATASET_ID.fullmatch(file_id):
-        raise NotFound("No such file.", param="id", code="file_not_found")
-    return file_id
-
-
-async def _upload_id(upload_id: Annotated[str, Path(description="`upload_…`")]) -> str:
-    if not UPLOAD_ID.fullmatch(upload_id):
-        raise NotFound("No such upload.", param="upload_id", code="upload_not_found")
-    return upload_id
-
-
-async def _webhook_id(webhook_id: Annotated[str, Path(description="`we_…`")]) -> str:
-    if not WEBHOOK_ID.fullmatch(webhook_id):
-        raise NotFound("No such webhook.", param="id", code="webhook_not_found")
-    return webhook_id
-
-
-JobId = Annotated[str, Depends(_job_id)]
-DatasetId = Annotated[str, Depends(_dataset_id)]
-FileId = Annotated[str, Depends(_file_id)]
-UploadId = Annotated[str, Depends(_upload_id)]
-WebhookId = Annotated[str, Depends(_webhook_id)]
+JobId = Annotated[str, Path(description="`ftjob-…`"), AfterValidator(partial(_known, JOB_ID, "job"))]
+DatasetId = Annotated[
+    str, Path(description="`file-…`"), AfterValidator(partial(_known, DATASET_ID, "dataset"))
+]
+FileId = Annotated[str, Path(description="`file-…`"), AfterValidator(partial(_known, DATASET_ID, "file"))]
+UploadId = Annotated[
+    str,
+    Path(description="`upload_…`"),
+    AfterValidator(partial(_known, UPLOAD_ID, "upload", param="upload_id")),
+]
+WebhookId = Annotated[str, Path(description="`we_…`"), AfterValidator(partial(_known, WEBHOOK_ID, "webhook"))]
 
 IdempotencyKey = Annotated[
     str | None,

@@ -56,14 +56,14 @@ class Store:
             return
         destination = Path(target)
         destination.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sync(source)
+        sync(source)
         try:
             source.rename(destination)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             _copy_across(source, destination)
-        _sync(destination.parent)
+        sync(destination.parent)
 
     def fetch(self, key: str, target: Path) -> Path:
         """A local path to the file: itself in a local store, else a copy at `target`.
@@ -148,7 +148,7 @@ def _copy_across(source: Path, destination: Path) -> None:
     aside = destination.with_name(f".{destination.name}.part")
     try:
         shutil.copyfile(source, aside)
-        _sync(aside)
+        sync(aside)
         aside.rename(destination)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def _copy_across(source: Path, destination: Path) -> None:
     source.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, outlive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

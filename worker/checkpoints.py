@@ -10,7 +10,6 @@ delete them.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import secrets
 import shutil
@@ -96,12 +95,3 @@ def _attempt_number(folder: Path) -> int:
     """0 for a folder that is no attempt's."""
     number, _, token = folder.name.partition("-")
     return int(number) if token and number.isdecimal() else 0
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

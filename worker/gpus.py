@@ -133,6 +133,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
         visible: a comma-separated list of numbers or UUIDs, as CUDA_VISIBLE_DEVICES has it; None for all.
     """
     wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+    engines = installed_engines()
     devices = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -141,7 +142,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
         index, uuid, name, memory = parts
         if wanted is None or any(w == index or (w and uuid.startswith(w)) for w in wanted):
             mebibytes = int(memory) if memory.isdigit() else 0
-            devices.append(Device("cuda", int(index), name, mebibytes << 20, installed_engines()))
+            devices.append(Device("cuda", int(index), name, mebibytes << 20, engines))
     return devices
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import JobFailure, JobStopped
-from shared.events import Artifact, Checkpoint, Entry, EventSink, Progress
+from shared.events import Artifact, Checkpoint, Entry, EventSink, GoOn, Progress
 from shared.lifecycle import Phase
 from shared.spec import JobSpec
 from worker.order import Order
@@ -217,16 +217,10 @@ def _publish_events(events: Path, target: Path, sink: EventSink) -> None:
         return
     try:
         target.mkdir(exist_ok=True)
-        sink.artifact(tar_artifact("tensorboard.tar", "tensorboard", events, target, _GoesOn()))
+        # A small file at the end of a job, which is not worth doing the job again for: nothing stops it.
+        sink.artifact(tar_artifact("tensorboard.tar", "tensorboard", events, target, GoOn()))
     except (OSError, JobFailure) as error:
         sink.log(Entry(f"There is no tensorboard.tar: {type(error).__name__}.", level="warning"))
-
-
-class _GoesOn:
-    """A small file at the end of a job, which is not worth doing the job again for."""
-
-    def check(self) -> None:
-        """Nothing stops it."""
 
 
 def _end_all(reporters: list[_Reporter], ending: Ending) -> None:

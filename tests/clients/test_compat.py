@@ -26,10 +26,12 @@ def test_every_answer_is_of_the_clients_type(box: Box) -> None:
     assert [line for line in lines if line.verdict == "WRONG"] == []
     counts = Counter(line.verdict for line in lines)
     page = re.sub(r"\s+", " ", (DOCS / "openai.md").read_text(encoding="utf-8"))
-    assert (
-        f"With openai {openai.__version__}: {counts['same']} fields the same, {counts['different']} different "
-        f"and {counts['absent']} absent with the reason in the table, {counts['more']} of Tuneyard's own"
-    ) in page
+    told = (
+        f"With openai {openai.__version__}: {counts['same']} fields the same, {counts['different']} "
+        f"different and {counts['absent']} absent with the reason in the table, {counts['more']} of "
+        "Tuneyard's own"
+    )
+    assert told in page
     # No reason is given for what is no difference.
-    told = {line.why for line in lines}
-    assert [key for key, why in (DIFFERENT | ABSENT).items() if why not in told] == []
+    reasons = {line.why for line in lines}
+    assert [key for key, why in (DIFFERENT | ABSENT).items() if why not in reasons] == []

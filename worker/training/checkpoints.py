@@ -13,7 +13,8 @@ from typing import Any
 from shared.events import Checkpoint, Entry, EventSink
 from shared.plan import Plan
 from shared.spec import JobSpec
-from worker.checkpoints import checkpoint_folder, complete_checkpoints, discard, sync
+from shared.storage import sync
+from worker.checkpoints import checkpoint_folder, complete_checkpoints, discard
 
 # What a checkpoint is and was made with, and the hashes of its other files: written last.
 RECORD = "checkpoint.json"

@@ -20,20 +20,13 @@ from shared.data.formats import conversations
 from shared.data.inspect import row_at
 from shared.data.reader import read_rows
 from shared.errors import DatasetError, JobFailure
-from shared.events import MemorySink
+from shared.events import GoOn, MemorySink
 from shared.spec import JobSpec
 from worker.training.data import prepare_data
 from worker.training.models import load_tokenizer, resolve_model
 from worker.training.template_choice import template_for
 from worker.training.tokenize import Encoder, Tokens
 from worker.training.workdir import Workdir
-
-
-class _GoOn:
-    """A control that never stops: whoever waits for the answer ends the process."""
-
-    def check(self) -> None:
-        return
 
 
 def inspect(spec: JobSpec, file: Path, line: int | None, workdir: Workdir) -> dict[str, Any]:
@@ -50,7 +43,8 @@ def inspect(spec: JobSpec, file: Path, line: int | None, workdir: Workdir) -> di
         JobFailure: what the job would fail with.
         DatasetError: no row begins at that line.
     """
-    control, sink = _GoOn(), MemorySink()
+    # Whoever waits for the answer ends the process.
+    control, sink = GoOn(), MemorySink()
     model = resolve_model(spec, workdir, control)
     tokenizer = load_tokenizer(model)
     data = prepare_data(

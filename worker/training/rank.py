@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from shared.events import Artifact, Checkpoint, Entry, Progress
+from shared.events import Artifact, Checkpoint, Entry, GoOn, Progress
 from shared.lifecycle import Phase
 from shared.plan import Plan
 from shared.spec import JobSpec
@@ -48,15 +48,6 @@ class SilentSink:
     def checkpoint(self, checkpoint: Checkpoint) -> None: ...
 
     def artifact(self, artifact: Artifact) -> None: ...
-
-
-class GoOn:
-    """Rank 0 stops the job, and this process with it."""
-
-    def check(self) -> None: ...
-
-    def leaving(self) -> bool:
-        return False
 
 
 def main() -> None:
@@ -105,6 +96,7 @@ def _run(order: dict[str, Any], folder: Path, lines: queue.Queue[dict[str, Any]]
     (folder / f"{order['rank']}.ready").touch()
     join_group(plan, order["rank"], folder)
     output = Path(order["root"]) / CHECKPOINTS
+    # Rank 0 stops the job, and this process with it.
     train(spec, plan, trained, tokenizer, data, output, SilentSink(), GoOn(), model.revision)
     leave_group()
 
