@@ -28,10 +28,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.standins import CONFIGS, make_model, write_rows
+from bench.standins import CONFIGS, make_model, train_standin, write_rows
 from shared.cost import GIB, Way, peak_bytes, tokens_per_second
 from shared.device import Device
-from shared.events import GoOn, MemorySink
 from shared.plan import Checkpointing, EngineName, Plan, Precision, Quantization
 from shared.shape import ModelShape
 from shared.spec import JobSpec
@@ -226,34 +225,11 @@ def report_point(point: Point, models: Path, sender: Connection) -> None:
 
 def measure(point: Point, models: Path) -> dict[str, Any]:
     """Train as a job does; the median speed of the last steps, and the peak of the memory."""
-    from worker.training.stack import import_stack
-
-    import_stack(point.engine)
+    plan = point.plan()
+    result = train_standin(point.spec(), plan, point.model, models, models / "rows.jsonl").result
     import torch
 
-    from worker.training.data import prepare_data
-    from worker.training.engines import engine_of
-    from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
-    from worker.training.trainer import train
-
-    spec, plan, sink, control = point.spec(), point.plan(), MemorySink(), GoOn()
-    path = make_model(point.model, models)
-    model = ResolvedModel(f"local/{point.model}", path, config=CONFIGS[point.model])
-    tokenizer = load_tokenizer(model)
-    data = prepare_data(
-        spec,
-        models / "rows.jsonl",
-        tokenizer,
-        sink,
-        control,
-        model.context_length,
-        cache=models / "cache",
-    )
-    settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
-    trained = engine_of(plan).load_model(spec, plan, model)
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(spec, plan, trained, tokenizer, data, Path(folder), sink, control)
-    speeds = [float(row["tokens_per_second"] or 0) for row in sink.rows]
+    speeds = [float(row["tokens_per_second"] or 0) for row in result.history]
     return {
         "tokens_per_second": statistics.median(speeds[2:]),
         "peak_memory_bytes": result.used["peak_memory_bytes"],

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from shared.events import GoOn, MemorySink
+from shared.plan import Plan
+from shared.spec import JobSpec
+
+if TYPE_CHECKING:
+    from worker.training.trainer import TrainingResult
 
 # The default model's shape, one of a fifth of its size, and one for trying a bench on a CPU.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -69,6 +79,40 @@ def make_model(name: str, folder: Path) -> Path:
     model.save_pretrained(target, max_shard_size="2GB")
     _tokenizer().save_pretrained(target)
     return target
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training did, and the moments (monotonic) when libraries, data and model were there."""
+
+    result: TrainingResult
+    imported: float
+    prepared: float
+    loaded: float
+
+
+def train_standin(spec: JobSpec, plan: Plan, name: str, models: Path, rows: Path) -> Run:
+    """Train the model of this name through Tuneyard's own loop, as a job does."""
+    from worker.training.stack import import_stack
+
+    import_stack(plan.engine)
+    from worker.training.data import prepare_data
+    from worker.training.engines import engine_of
+    from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
+    from worker.training.trainer import train
+
+    imported = time.monotonic()
+    sink, control = MemorySink(), GoOn()
+    model = ResolvedModel(f"local/{name}", make_model(name, models), config=CONFIGS[name])
+    tokenizer = load_tokenizer(model)
+    data = prepare_data(spec, rows, tokenizer, sink, control, model.context_length, cache=models / "cache")
+    settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
+    prepared = time.monotonic()
+    trained = engine_of(plan).load_model(spec, plan, model)
+    loaded = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(spec, plan, trained, tokenizer, data, Path(folder), sink, control)
+    return Run(result, imported, prepared, loaded)
 
 
 def _tokenizer() -> Any:

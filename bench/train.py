@@ -27,8 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.standins import CONFIGS, make_model, write_rows
-from shared.events import GoOn, MemorySink
+from bench.standins import CONFIGS, make_model, train_standin, write_rows
 from shared.plan import Plan
 from shared.planner import make_plan
 from shared.shape import ModelShape
@@ -127,30 +126,12 @@ def spec_of(steps: int) -> JobSpec:
 
 def ours(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]:
     """Through Tuneyard's own loop, as a job runs."""
-    from worker.training.stack import import_stack
-
     began = time.monotonic()
     spec, plan = spec_of(steps), plan_of(way, model_name, steps)
-    import_stack(plan.engine)
+    run = train_standin(spec, plan, model_name, models, models / "train-rows.jsonl")
     import torch
 
-    from worker.training.data import prepare_data
-    from worker.training.engines import engine_of
-    from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
-    from worker.training.trainer import train
-
-    imported = time.monotonic()
-    sink, control = MemorySink(), GoOn()
-    model = ResolvedModel(f"local/{model_name}", make_model(model_name, models), config=CONFIGS[model_name])
-    tokenizer = load_tokenizer(model)
-    rows = models / "train-rows.jsonl"
-    data = prepare_data(spec, rows, tokenizer, sink, control, model.context_length, cache=models / "cache")
-    settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
-    prepared = time.monotonic()
-    trained = engine_of(plan).load_model(spec, plan, model)
-    loaded = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(spec, plan, trained, tokenizer, data, Path(folder), sink, control)
+    result = run.result
     first = result.history[0]
     first_step = result.used["tokens"] / steps / float(first["tokens_per_second"] or 1)
     return {
@@ -160,9 +141,9 @@ def ours(way: Way, model_name: str, models: Path, steps: int) -> dict[str, Any]:
         ),
         "peak_memory_bytes": result.used["peak_memory_bytes"],
         "seconds": {
-            "import": round(imported - began, 1),
-            "data": round(prepared - imported, 1),
-            "load": round(loaded - prepared, 1),
+            "import": round(run.imported - began, 1),
+            "data": round(run.prepared - run.imported, 1),
+            "load": round(run.loaded - run.prepared, 1),
             "first step": round(first_step, 1),
         },
         "losses": [round(float(row["loss"] or 0), 4) for row in result.history],
