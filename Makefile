@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Processes that `make test` runs the tests in.
 WORKERS ?= 2
 
-.PHONY: install demo serve test lint chaos bench clean
+.PHONY: install demo serve test test-postgres lint chaos bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ serve: install
 # Each worker's processes compute on one thread: more would stand in the other worker's way.
 test: install lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Everything that has a database, on PostgreSQL. `make test` runs what is marked `postgresql` on it.
+test-postgres: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --database postgresql
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,16 +11,31 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Generator, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
+try:
+    from botocore.exceptions import BotoCoreError
+except ImportError:  # without the extra `s3`
+
+    class BotoCoreError(Exception):  # type: ignore[no-redef]
+        """Nothing raises it."""
+
+
 CHUNK = 1 << 20
+# What is asked of a store on the network at a time.
+READ_AHEAD = 8 << 20
+# The variables that botocore takes an account from, and what s3fs calls them.
+ACCOUNT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "token"}
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+# s3fs tries five times within a second, which is enough: botocore's own tries on top make it seven.
+S3_CONNECTIONS = {"connect_timeout": 3, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
 
 
 @dataclass(frozen=True)
@@ -32,11 +47,35 @@ class StoredFile:
     modified: float
 
 
-class Store:
-    """Files under one fsspec URL."""
+@dataclass(frozen=True)
+class UnfinishedUpload:
+    """Parts of a file that is not there yet: its key, and since when (Unix time) they come."""
 
-    def __init__(self, url: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+    name: str
+    upload_id: str
+    begun: float
+
+
+class StoreUnavailable(OSError):
+    """The store on the network does not answer. Says nothing of its address: users read it."""
+
+
+class Store:
+    """Files under one fsspec URL.
+
+    `account` has the variables of ACCOUNT for a process whose environment has none of them. Methods raise
+    OSError where the disk or the store refuses, StoreUnavailable where it does not answer.
+    """
+
+    def __init__(self, url: str, account: Mapping[str, str] | None = None) -> None:
+        options: dict[str, Any] = {ACCOUNT[name]: value for name, value in (account or {}).items()}
+        if url.startswith("s3:"):
+            options["config_kwargs"] = S3_CONNECTIONS
+        # Other processes change the store too, so what was listed once is no knowledge; and fsspec would give
+        # out the file system that it made for this URL first, with the account that it had then.
+        self._fs, self._root = fsspec.core.url_to_fs(
+            url, use_listings_cache=False, skip_instance_cache=True, **options
+        )
         self._local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
@@ -51,7 +90,8 @@ class Store:
         """
         target = self._path(key)
         if not self._local:
-            self._fs.put_file(str(source), target)
+            with _reached():
+                self._fs.put_file(str(source), target)
             source.unlink()
             return
         destination = Path(target)
@@ -76,7 +116,8 @@ class Store:
             if not found.is_file():
                 raise FileNotFoundError(key)
             return found
-        self._fs.get_file(self._path(key), str(target))
+        with _reached():
+            self._fs.get_file(self._path(key), str(target))
         return target
 
     def read(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
@@ -85,7 +126,8 @@ class Store:
         Raises:
             FileNotFoundError: no such key.
         """
-        with self._fs.open(self._path(key), "rb", block_size=CHUNK) as file:
+        block = CHUNK if self._local else READ_AHEAD
+        with _reached(), self._fs.open(self._path(key), "rb", block_size=block) as file:
             file.seek(start)
             left = end - start
             while left > 0 and (chunk := file.read(min(CHUNK, left))):
@@ -94,37 +136,56 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete a file; one that is gone already is no error."""
-        try:
+        with _reached(), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
-        except FileNotFoundError:
-            return
 
     def delete_tree(self, prefix: str) -> None:
         """Delete all files whose keys begin with `prefix`/."""
         path = self._path(prefix)
-        if self._fs.exists(path):
+        with _reached(), suppress(FileNotFoundError):
             self._fs.rm(path, recursive=True)
 
     def list_files(self) -> Iterator[StoredFile]:
         """Everything in the store, also what is no complete file of ours."""
         root = self._root.rstrip("/")
-        self._fs.invalidate_cache()
-        for path, info in self._fs.find(root, detail=True).items():
+        with _reached():
+            found = self._fs.find(root, detail=True)
+        for path, info in found.items():
             made = info.get("mtime") or info.get("LastModified") or info.get("created")
             seconds = made.timestamp() if isinstance(made, datetime) else float(made or time.time())
             yield StoredFile(path.removeprefix(root).lstrip("/"), int(info["size"] or 0), seconds)
 
     def remove_stray(self, file: StoredFile) -> None:
         """Delete a file that `list_files` told of; one that is gone already is no error."""
-        with suppress(FileNotFoundError):
+        with _reached(), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root.rstrip('/')}/{file.name}")
+
+    def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
+        """The multipart uploads under this URL: an S3-compatible store keeps the parts of those that were
+        killed for ever, where no list of files shows them."""
+        if "s3" not in self._fs.protocol:
+            return
+        bucket, _, prefix = f"{self._root.rstrip('/')}/".partition("/")
+        with _reached():
+            found = self._fs.list_multipart_uploads(bucket)
+        for upload in found:
+            if upload["Key"].startswith(prefix):
+                name = upload["Key"].removeprefix(prefix)
+                yield UnfinishedUpload(name, upload["UploadId"], upload["Initiated"].timestamp())
+
+    def abort_upload(self, upload: UnfinishedUpload) -> None:
+        """Remove its parts; one that has ended since is no error."""
+        bucket, _, prefix = f"{self._root.rstrip('/')}/".partition("/")
+        with _reached(), suppress(FileNotFoundError):
+            self._fs.abort_mpu(bucket, f"{prefix}{upload.name}", upload.upload_id)
 
     def is_writable(self) -> bool:
         """Whether a small file can be written, for the readiness check."""
         path = f"{self._root.rstrip('/')}/.ready-{os.getpid()}"
         try:
-            self._fs.pipe_file(path, b"")
-            self._fs.rm_file(path)
+            with _reached():
+                self._fs.pipe_file(path, b"")
+                self._fs.rm_file(path)
         except OSError:
             return False
         return True
@@ -141,6 +202,20 @@ class Store:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a store key: {key!r}")
         return f"{self._root.rstrip('/')}/{key}"
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """botocore's own errors name the store's address, and are no OSErrors."""
+    try:
+        yield
+    except BotoCoreError as error:
+        raise StoreUnavailable("The artifact store does not answer.") from error
+
+
+def account(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that a store's account is in."""
+    return {name: environment[name] for name in ACCOUNT if name in environment}
 
 
 def _copy_across(source: Path, destination: Path) -> None:

@@ -30,7 +30,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 # What typer's parser raises: BadParameter is one of them.
 USAGE_ERRORS = typer.BadParameter.__mro__[1]
 # Read by clients and by the test suite, not by a server.
-OTHER_VARIABLES = {"TUNEYARD_URL", "TUNEYARD_API_KEY", "TUNEYARD_TEST_DATABASE_URL"}
+OTHER_VARIABLES = {"TUNEYARD_URL", "TUNEYARD_API_KEY"}
 # The project speaks of itself alone. Each word in pieces, so that this file may be searched too.
 FORBIDDEN = re.compile(
     "|".join(

@@ -12,7 +12,6 @@ import pytest
 
 from cli.client import Client
 from tests.cli.test_serve import Served
-from tests.conftest import empty_database
 from tests.worker.training.conftest import tiny_model
 from tests.worker.training.samples import conversations, write_rows
 from worker.training.generate import generate
@@ -35,12 +34,11 @@ FILES = {
 
 
 @pytest.fixture
-def client(tmp_path: Path, tiny_model: Path) -> Iterator[Client]:
-    empty_database()
+def client(tmp_path: Path, tiny_model: Path, database_url: str | None) -> Iterator[Client]:
     root = tmp_path / "models"
     root.mkdir()
     (root / "tiny").symlink_to(tiny_model)
-    served = Served(tmp_path / "data", TUNEYARD_MODELS_ROOT=str(root), TUNEYARD_STANDBY="auto")
+    served = Served(tmp_path / "data", database_url, TUNEYARD_MODELS_ROOT=str(root), TUNEYARD_STANDBY="auto")
     url = served.ready()
     with Client(url, (served.folder / "local.key").read_text().strip()) as opened:
         yield opened

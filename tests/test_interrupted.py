@@ -16,7 +16,7 @@ import pytest
 from cli.client import Client
 from shared.spec import JobSpec
 from tests.cli.test_serve import Served
-from tests.conftest import TEST_DATABASE, empty_database, wait_for
+from tests.conftest import wait_for
 from tests.worker.training.conftest import tiny_model
 from tests.worker.training.samples import conversations, new_workdir, plan_for, run_job, write_rows
 
@@ -33,13 +33,16 @@ TRAINING = {
 class Box:
     """A data folder that is served, stopped and served again."""
 
-    def __init__(self, folder: Path, models: Path) -> None:
+    def __init__(self, folder: Path, models: Path, database_url: str | None) -> None:
         self._folder = folder
+        self._database_url = database_url
         self._models = models
         self.start()
 
     def start(self) -> None:
-        self._served = Served(self._folder, TUNEYARD_MODELS_ROOT=str(self._models), TUNEYARD_STANDBY="off")
+        self._served = Served(
+            self._folder, self._database_url, TUNEYARD_MODELS_ROOT=str(self._models), TUNEYARD_STANDBY="off"
+        )
         self._url = self._served.ready()
         self._open = contextlib.ExitStack()
         self.client = self._open.enter_context(
@@ -70,13 +73,11 @@ class Box:
 
 
 @pytest.fixture
-def box(tmp_path: Path, tiny_model: Path) -> Iterator[Box]:
-    if TEST_DATABASE:
-        empty_database()
+def box(tmp_path: Path, tiny_model: Path, database_url: str | None) -> Iterator[Box]:
     root = tmp_path / "models"
     root.mkdir()
     (root / "tiny").symlink_to(tiny_model)
-    running = Box(tmp_path / "data", root)
+    running = Box(tmp_path / "data", root, database_url)
     yield running
     running.stop()
 

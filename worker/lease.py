@@ -29,8 +29,8 @@ class Lease(Protocol):
     def hold(self, session: Session) -> Job | ExportTask:
         """The row whose lease it is, locked."""
 
-    def log(self, session: Session, entries: Sequence[Entry]) -> None:
-        """Append to the job's log."""
+    def log(self, session: Session, entries: Sequence[Entry]) -> int:
+        """Append to the job's log; the last one's seq."""
 
     def finish(
         self, session: Session, status: JobStatus, entry: Entry, failure: dict[str, Any] | None
@@ -54,8 +54,8 @@ class JobLease:
     def hold(self, session: Session) -> Job:
         return leases.owned_job(session, self.job_id, self.token)
 
-    def log(self, session: Session, entries: Sequence[Entry]) -> None:
-        logs.append_entries(session, self.job_id, entries, self.token)
+    def log(self, session: Session, entries: Sequence[Entry]) -> int:
+        return logs.append_entries(session, self.job_id, entries, self.token)
 
     def finish(
         self, session: Session, status: JobStatus, entry: Entry, failure: dict[str, Any] | None
@@ -81,9 +81,9 @@ class ExportLease:
     def hold(self, session: Session) -> ExportTask:
         return exports.owned_export(session, self.job_id, self.export_id, self.token)
 
-    def log(self, session: Session, entries: Sequence[Entry]) -> None:
+    def log(self, session: Session, entries: Sequence[Entry]) -> int:
         self.hold(session)
-        logs.append_entries(session, self.job_id, entries)
+        return logs.append_entries(session, self.job_id, entries)
 
     def finish(
         self,

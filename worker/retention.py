@@ -67,6 +67,7 @@ def collect(
         *_collect_leftovers(settings, dry_run=dry_run),
         *collect_caches(database, settings, dry_run=dry_run),
         *_collect_strays(database, store, dry_run=dry_run, force=force),
+        *_collect_unfinished(store, dry_run=dry_run),
     ]
 
 
@@ -212,6 +213,14 @@ def _collect_strays(database: Database, store: Store, *, dry_run: bool, force: b
         yield Removed("files without a row", match[1] if match else None, file.name, file.bytes)
 
 
+def _collect_unfinished(store: Store, *, dry_run: bool) -> Iterator[Removed]:
+    for upload in store.unfinished_uploads():
+        if OURS.match(upload.name) and time.time() - upload.begun > STRAY_SECONDS:
+            if not dry_run:
+                store.abort_upload(upload)
+            yield Removed("parts of an unfinished file", None, upload.name, 0)
+
+
 def _tell_of_stray(database: Database, file: StoredFile) -> None:
     match = JOB_OF_KEY.match(file.name)
     if match is None:
@@ -224,7 +233,7 @@ def _tell_of_stray(database: Database, file: StoredFile) -> None:
 
 def _is_unused(database: Database, job_id: str) -> bool:
     """Whether it may be looked into at all; what removes asks again, in its own transaction."""
-    with database.read() as session:
+    with database.write() as session:
         return retention.lock_unused(session, job_id) is not None
 
 

@@ -45,12 +45,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Batch:
-    """What has been told since the last commit."""
+    """What has been told since the last commit.
+
+    `last_seq` is that of its last entry, from a transaction of which nobody knows whether it was committed.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
+    last_seq: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self.entries or self.rows or self.checkpoints or self.changes)
@@ -147,11 +151,11 @@ class DatabaseSink:
         )
 
         def write(session: Session) -> str | None:
-            self._held.log(session, [entry])
-            return files.put_artifact(session, row)
+            # A row of its own at each try: one that may have been committed is no new one.
+            return files.put_artifact(session, ArtifactRow(**row.model_dump()))
 
         try:
-            earlier = self._commit(write)
+            earlier = self._commit(write, entry)
         except BaseException:
             # Without its row the file is nobody's.
             self._store.delete(key)
@@ -238,14 +242,15 @@ class DatabaseSink:
         if pending or due:
             self._commit(lambda _session: None)
 
-    def _commit(self, write: Callable[[Session], T]) -> T:
-        """Write all that was told so far and then `write`, in one guarded transaction.
+    def _commit(self, write: Callable[[Session], T], *more: Entry) -> T:
+        """Write all that was told so far, `more`, and then `write`, in one guarded transaction.
 
         A database that is locked or away is tried again until the lease is lost to another.
         """
         with self._writing:
             with self._lock:
                 batch, self._batch = self._batch, _Batch()
+            batch.entries += more
             while True:
                 try:
                     result = self._write(batch, write)
@@ -265,8 +270,8 @@ class DatabaseSink:
             for name, value in batch.changes.items():
                 setattr(held, name, value)
             session.flush()
-            if batch.entries:
-                self._held.log(session, batch.entries)
+            if batch.entries and not self._is_written(session, batch):
+                batch.last_seq = self._held.log(session, batch.entries)
             logs.put_metrics(session, self._job_id, batch.rows)
             for checkpoint in batch.checkpoints:
                 there = complete_checkpoints(checkpoint.path.parent)
@@ -274,6 +279,14 @@ class DatabaseSink:
             result = write(session)
         self._renewed = time.monotonic()
         return result
+
+    def _is_written(self, session: Session, batch: _Batch) -> bool:
+        """Whether a commit that failed was none: a connection may break before the answer comes."""
+        if batch.last_seq is None:
+            return False
+        found = logs.read_entries(session, self._job_id, batch.last_seq - 1, 1)
+        last = batch.entries[-1]
+        return [(entry.time, entry.message) for entry in found] == [(last.time, last.message)]
 
     def _recorded(self, failure: JobFailure) -> dict[str, Any]:
         told = {"code": failure.code, "message": failure.message, "advice": failure.advice}

@@ -9,7 +9,6 @@ from cli.main import app
 from shared.database import Database
 from shared.settings import Settings
 from shared.storage import Store
-from tests.conftest import TEST_DATABASE
 from tests.worker.test_retention import add_checkpoints, ended, steps_told
 
 
@@ -17,8 +16,7 @@ def test_gc_shows_first_and_removes_then(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNEYARD_DATA_DIR", str(settings.root))
-    if TEST_DATABASE:
-        monkeypatch.setenv("TUNEYARD_DATABASE_URL", TEST_DATABASE)
+    monkeypatch.setenv("TUNEYARD_DATABASE_URL", settings.database())
     Store(settings.artifacts())
     job_id = ended(database, 31)
     add_checkpoints(database, settings, job_id, 5)

@@ -20,7 +20,7 @@ from shared.settings import Settings
 from shared.tables import WorkerRow
 from tests.cli.command import run_command
 from tests.cli.test_serve import Served
-from tests.conftest import TEST_DATABASE, empty_database, wait_for
+from tests.conftest import Databases, wait_for
 from worker.supervisor import Supervisor
 
 MODEL = "bundled/smollm2-135m-instruct"
@@ -28,13 +28,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def box(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Iterator[Settings]:
     """A served API and a supervisor with the fake pipeline, on one data folder."""
-    empty_database()
     folder = tmp_path_factory.mktemp("box") / "data"
-    served = Served(folder, "--no-worker")
+    database_url = databases.create()
+    served = Served(folder, database_url, "--no-worker")
     served.ready()
-    settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2)
+    settings = Settings(data_dir=folder, database_url=database_url, poll_seconds=0.2)
     database, doorbell = Database(settings.database()), Doorbell(settings.redis())
     slot = Device("cpu", 0, "CPU", 8 << 30)
     supervisor = Supervisor(settings, database, doorbell, [slot], "tests.worker.fake_child")

@@ -16,7 +16,6 @@ from shared.ids import hash_api_key
 from shared.repository import audit, keys, owners
 from shared.settings import Settings
 from tests.cli.command import run_command
-from tests.conftest import TEST_DATABASE
 
 
 @pytest.fixture
@@ -24,8 +23,7 @@ def box(settings: Settings, database: Database) -> dict[str, str]:
     """The environment of a box whose database is the test's."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
     environment["TUNEYARD_DATA_DIR"] = str(settings.root)
-    if TEST_DATABASE:
-        environment["TUNEYARD_DATABASE_URL"] = TEST_DATABASE
+    environment["TUNEYARD_DATABASE_URL"] = settings.database()
     return environment
 
 

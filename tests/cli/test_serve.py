@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import TEST_DATABASE, empty_database, wait_for
+from tests.conftest import wait_for
 
 READY = re.compile(
     r'Tuneyard is ready at (http://\S+) - try: curl -H "Authorization: Bearer \$\(cat (\S+)\)" '
@@ -25,10 +25,10 @@ READY = re.compile(
 class Served:
     """A running `serve` and what it said."""
 
-    def __init__(self, folder: Path, *arguments: str, **more: str) -> None:
+    def __init__(self, folder: Path, database_url: str | None, *arguments: str, **more: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
-        if TEST_DATABASE:
-            environment["TUNEYARD_DATABASE_URL"] = TEST_DATABASE
+        if database_url:
+            environment["TUNEYARD_DATABASE_URL"] = database_url
         # What each of these would import at its start, and hardly any would use.
         environment |= {"TUNEYARD_STANDBY": "off", **more}
         self.folder = folder
@@ -81,9 +81,8 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    empty_database()
-    running = Served(tmp_path / "data")
+def served(tmp_path: Path, database_url: str | None) -> Iterator[Served]:
+    running = Served(tmp_path / "data", database_url)
     yield running
     running.process.kill()
     running.process.wait()
@@ -125,14 +124,14 @@ def test_what_dies_is_brought_back(served: Served) -> None:
 
 
 def test_when_serve_is_killed_its_parts_end_and_the_next_start_is_clean(
-    served: Served, tmp_path: Path
+    served: Served, tmp_path: Path, database_url: str | None
 ) -> None:
     served.ready()
     parts = served.parts()
     served.process.kill()
     served.process.wait()
     assert wait_for(lambda: not any(parts[name].is_running() for name in ("api", "worker", "inference")))
-    again = Served(tmp_path / "data")
+    again = Served(tmp_path / "data", database_url)
     again.ready()
     assert wait_for(lambda: not parts["valkey"].is_running())
     again.process.terminate()
@@ -170,6 +169,7 @@ def test_a_port_that_is_taken_is_named(served: Served, tmp_path: Path) -> None:
 def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
     served = Served(
         tmp_path / "data",
+        None,
         "--host",
         "0.0.0.0",
         "--no-worker",

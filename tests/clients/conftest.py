@@ -16,7 +16,7 @@ from shared.queue import Doorbell
 from shared.repository import keys
 from shared.settings import Settings
 from tests.cli.test_serve import Served
-from tests.conftest import TEST_DATABASE, empty_database
+from tests.conftest import Databases
 from worker.supervisor import Supervisor
 
 MODEL = "bundled/smollm2-135m-instruct"
@@ -49,12 +49,12 @@ class Box:
 
 
 @pytest.fixture(scope="session")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    empty_database()
+def box(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Iterator[Box]:
     folder = tmp_path_factory.mktemp("box") / "data"
-    served = Served(folder, "--no-worker", **SERVED)
+    database_url = databases.create()
+    served = Served(folder, database_url, "--no-worker", **SERVED)
     url = served.ready()
-    settings = Settings(data_dir=folder, database_url=TEST_DATABASE, poll_seconds=0.2, standby="off")
+    settings = Settings(data_dir=folder, database_url=database_url, poll_seconds=0.2, standby="off")
     database, doorbell = Database(settings.database()), Doorbell(settings.redis())
     with database.write() as session:
         ann, bob, eve = (keys.create_key(session, name, admin=False) for name in ("ann", "bob", "eve"))

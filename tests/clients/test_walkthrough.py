@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_serve import Served
-from tests.conftest import empty_database
 from tests.worker.training.conftest import tiny_model
 from tests.worker.training.samples import conversations, write_rows
 
@@ -19,12 +18,13 @@ pytestmark = pytest.mark.train
 PROGRAM = Path(__file__).with_name("walkthrough.py")
 
 
-def test_openais_guide_runs_from_upload_to_an_answer(tmp_path: Path, tiny_model: Path) -> None:
-    empty_database()
+def test_openais_guide_runs_from_upload_to_an_answer(
+    tmp_path: Path, tiny_model: Path, database_url: str | None
+) -> None:
     root = tmp_path / "models"
     root.mkdir()
     (root / "tiny").symlink_to(tiny_model)
-    served = Served(tmp_path / "data", TUNEYARD_MODELS_ROOT=str(root))
+    served = Served(tmp_path / "data", database_url, TUNEYARD_MODELS_ROOT=str(root))
     try:
         url = served.ready()
         key = (served.folder / "local.key").read_text().strip()

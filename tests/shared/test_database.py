@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -12,9 +11,8 @@ from sqlmodel import select
 
 from shared.database import Database
 from shared.tables import ApiKey, Job
-from tests.conftest import TEST_DATABASE
 
-sqlite_only = pytest.mark.skipif(TEST_DATABASE is not None, reason="looks at SQLite itself")
+pytestmark = pytest.mark.postgresql
 
 
 def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
@@ -23,12 +21,9 @@ def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
         assert compare_metadata(context, Job.metadata) == []
 
 
-@sqlite_only
-def test_several_processes_may_migrate_at_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/new.db"
-
+def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
     def migrate() -> None:
-        opened = Database(url)
+        opened = Database(empty_database)
         opened.migrate()
         opened.close()
 
@@ -37,8 +32,9 @@ def test_several_processes_may_migrate_at_once(tmp_path: Path) -> None:
     assert [future.exception() for future in done] == [None] * 4
 
 
-@sqlite_only
 def test_sqlite_is_set_up_for_several_processes(database: Database) -> None:
+    if database.engine.dialect.name != "sqlite":
+        pytest.skip("looks at SQLite itself")
     with database.read() as session:
         pragmas = {
             name: session.connection().execute(text(f"PRAGMA {name}")).scalar()
@@ -71,3 +67,13 @@ def test_times_come_back_in_utc_and_a_time_without_zone_is_refused(database: Dat
     naive = datetime(2026, 5, 4, 12, 0)
     with pytest.raises(Exception, match="without a zone"), database.write() as session:
         session.add(ApiKey(name="y", key_hash="i", hint="h", created_at=naive))
+
+
+def test_a_connection_that_is_in_use_when_all_are_closed_is_closed_afterwards(database: Database) -> None:
+    with database.read() as session:
+        connection = session.connection().connection.dbapi_connection
+        assert connection is not None
+        database.close()
+        assert session.exec(select(ApiKey)).all() == []
+    with pytest.raises(Exception, match="closed"):
+        connection.cursor().execute("SELECT 1")

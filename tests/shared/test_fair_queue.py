@@ -20,6 +20,8 @@ from shared.spec import JobSpec
 from shared.tables import Job
 from tests.samples import make_job
 
+pytestmark = pytest.mark.postgresql
+
 
 def order(database: Database, settings: Settings, limit: int = 100) -> list[str]:
     found: list[str] = []

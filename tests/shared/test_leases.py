@@ -17,6 +17,8 @@ from shared.repository import jobs, leases, logs, queue
 from shared.settings import Settings
 from tests.samples import make_job
 
+pytestmark = pytest.mark.postgresql
+
 
 def claim(database: Database, token: str = "t1", seconds: float = 60) -> str | None:
     with database.write() as session:

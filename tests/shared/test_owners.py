@@ -18,6 +18,8 @@ from shared.settings import Settings
 from shared.tables import ArtifactRow
 from tests.samples import add_dataset, make_job
 
+pytestmark = pytest.mark.postgresql
+
 
 def start(database: Database, seconds_ago: float, owner: str = "ann", gpus: int = 1) -> str:
     """A job that has run for so long."""

@@ -59,6 +59,7 @@ def cancel(database: Database, doorbell: Doorbell, job_id: str) -> None:
     doorbell.ring(job_id)
 
 
+@pytest.mark.postgresql
 def test_a_job_runs_to_its_end(
     start: Start, database: Database, settings: Settings, doorbell: Doorbell
 ) -> None:

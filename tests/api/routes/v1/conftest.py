@@ -22,7 +22,7 @@ from shared.settings import Settings
 from shared.tables import ArtifactRow
 from shared.valkey import EmbeddedValkey
 from tests.api.conftest import SPEC, Live, finish, serve
-from tests.conftest import TEST_DATABASE, empty_database, wait_for
+from tests.conftest import Databases, wait_for
 
 # Tools and calls as many models' templates write them.
 TEMPLATE = """{% if tools %}<|im_start|>system
@@ -93,17 +93,18 @@ class Box:
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) -> Iterator[Box]:
+def box(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, databases: Databases
+) -> Iterator[Box]:
     root = tmp_path_factory.mktemp("box") / "data"
     root.mkdir(mode=0o700)
-    settings = Settings(data_dir=root, database_url=TEST_DATABASE, redis_url=valkey.url)
-    empty_database()
+    settings = Settings(data_dir=root, database_url=databases.create(), redis_url=valkey.url)
     database = Database(settings.database())
     database.migrate()
     with database.write() as session:
         made = {name: keys.create_key(session, name, admin=name == "root") for name in ("ann", "bob", "root")}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
-    environment |= {"TUNEYARD_DATA_DIR": str(root)}
+    environment |= {"TUNEYARD_DATA_DIR": str(root), "TUNEYARD_DATABASE_URL": settings.database()}
     with serve(settings, database, made["ann"]) as live:
         box = Box(live, made, settings, environment)
         try:

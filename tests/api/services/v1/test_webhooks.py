@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from alembic import command
@@ -21,7 +20,6 @@ from shared.repository import webhooks
 from shared.settings import Settings
 from shared.tables import Delivery, Webhook
 from tests.api.conftest import Api, eventually
-from tests.conftest import TEST_DATABASE
 
 pytestmark = pytest.mark.anyio
 
@@ -94,9 +92,8 @@ async def test_a_row_that_was_moved_to_another_owner_signs_nothing(
     assert posted == []
 
 
-@pytest.mark.skipif(TEST_DATABASE is not None, reason="makes a database of an earlier version")
-def test_the_secrets_of_an_earlier_version_are_sealed(settings: Settings, tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/old.db")
+def test_the_secrets_of_an_earlier_version_are_sealed(settings: Settings, empty_database: str) -> None:
+    database = Database(empty_database)
     settings.root.mkdir(parents=True, exist_ok=True)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
