@@ -33,7 +33,7 @@ def test_the_table_stands_predictions_beside_measurements(tmp_path: Path) -> Non
         "point": asdict(point), "tokens_per_second": 21_500.0, "peak_memory_bytes": 36 * GIB,
         "torch": "2.13.0", "gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": 80 * GIB,
     }  # fmt: skip
-    assert [peak > 30 * GIB and speed > 15_000 for _, _, peak, speed in compared([line])] == [True]
+    assert [peak > 25 * GIB and speed > 15_000 for _, _, peak, speed in compared([line])] == [True]
     file = tmp_path / "measured.jsonl"
     file.write_text(json.dumps({"point": asdict(point), "error": "none"}) + "\n" + json.dumps(line) + "\n")
     program = (

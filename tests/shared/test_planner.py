@@ -54,10 +54,10 @@ MEASURED = [
     (("unsloth", "4bit", "bf16", "all"), 0.05, 14_112, 5.5),
     (("unsloth", "4bit", "bf16", "all"), 0.0, 15_650, 4.9),
     (("unsloth", "none", "bf16", "all"), 0.0, 17_172, 9.9),
-    (("compiled", "none", "bf16", "none"), 0.05, 22_264, 30.5),
+    (("compiled", "none", "bf16", "none"), 0.05, 25_013, 28.8),
     (("compiled", "none", "bf16", "none"), 0.0, 23_160, 35.1),
     (("compiled", "none", "bf16", "all"), 0.05, 16_182, 12.4),
-    (("compiled", "none", "fp8", "none"), 0.05, 28_125, 30.5),
+    (("compiled", "none", "fp8", "none"), 0.05, 29_918, 28.0),
 ]
 
 
