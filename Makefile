@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Processes that `make test` runs the tests in.
-WORKERS ?= 2
+PROCESSES ?= 2
 
 .PHONY: install demo serve test test-postgres lint chaos bench clean
 
@@ -31,9 +31,9 @@ demo: install
 serve: install
 	$(BIN)/tuneyard serve
 
-# Each worker's processes compute on one thread: more would stand in the other worker's way.
+# Each process computes on one thread: more would stand in the other's way.
 test: install lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Everything that has a database, on PostgreSQL. `make test` runs what is marked `postgresql` on it.
 test-postgres: install
@@ -49,7 +49,7 @@ chaos: install
 
 bench: install
 	$(BIN)/python -m bench.service
-	$(BIN)/python bench/data.py
+	$(BIN)/python -m bench.data
 
 clean:
 	rm -rf $(VENV) demo-data

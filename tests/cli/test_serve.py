@@ -84,8 +84,12 @@ class Served:
 def served(tmp_path: Path, database_url: str | None) -> Iterator[Served]:
     running = Served(tmp_path / "data", database_url)
     yield running
+    # A `serve` that is killed leaves its Valkey to the next one, of which there is none.
+    left = running.parts() if running.process.poll() is None else {}
     running.process.kill()
     running.process.wait()
+    if "valkey" in left:
+        left["valkey"].kill()
     if running.process.stdout is not None:
         running.process.stdout.close()
 
