@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the run's folder also if nothing is broken")
     given = parser.parse_args()
     enter_namespace()
+    # So that whoever stops it finds no process of it left.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     explored = [] if given.short else [explore(bounds, Guards()) for bounds in MODELS]
     folder = Path(tempfile.mkdtemp(prefix="tuneyard-chaos-"))
     root = folder / "data"

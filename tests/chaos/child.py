@@ -32,6 +32,7 @@ from shared.storage import Store
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints, discard, sync
 from worker.child import main, train
 from worker.export_order import ADAPTER_FILE, LaterExport
+from worker.lease import JobLease
 from worker.sink import DatabaseSink
 from worker.training.workdir import Workdir
 
@@ -43,9 +44,12 @@ FROZEN = "frozen-"
 FROM = "Going on."
 # The name of a file that tells that a job has stumbled on this box.
 STUMBLED = "stumbled-"
+# In the midst of a transaction.
+WRITING = "writing"
 # The first one is the supervisor's, between claiming a job and starting its process.
 POINTS = (
     "claimed", "published", "measured", "results", "finishing", "checkpoint written", "checkpoint renamed",
+    WRITING,
 )  # fmt: skip
 
 
@@ -87,6 +91,10 @@ class Stumble:
         self._point = ""
         if self._how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if point == WRITING:
+            # It holds the database's one lock, and nobody can take anything over.
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         # The supervisor first: one that sees its child's lease run out would kill it.
         freeze(os.getppid(), self._root)
         freeze(os.getpid(), self._root)
@@ -242,5 +250,6 @@ def _after_publishing(_store: Store, _source: Path, key: str) -> None:
 
 if __name__ == "__main__":
     hook(Store, "publish", _before_publishing, _after_publishing)
+    hook(JobLease, "log", lambda *_: None, lambda *_: stumble.at(WRITING))
     hook(DatabaseSink, "finish", lambda *_: stumble.at("finishing"), lambda *_: None)
     main(pipeline, export, warm_up)

@@ -38,6 +38,8 @@ READY_SECONDS = 60.0
 NOTICE_SECONDS = 0.3
 # At most, if nobody takes over what a frozen process had.
 SELF_FROZEN_SECONDS = 30.0
+# Of one that may hold the database's lock: some wait for it for longer than they wait for a database.
+LOCKED_SECONDS = 18.0
 STOP_SECONDS = 30.0
 PR_SET_CHILD_SUBREAPER = 36
 CHILD = "tests.chaos.child"
@@ -86,8 +88,8 @@ class Cluster:
     models: Path | None = None
     parts: list[Part] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
-    # Supervisors that were frozen at a chosen point.
-    self_frozen: int = 0
+    # Jobs whose processes froze themselves at a chosen point, or else those processes.
+    self_frozen: set[str] = field(default_factory=set)
     restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -274,19 +276,20 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 if process.pid in known or process.status() != psutil.STATUS_STOPPED:
                     continue
-                is_child = CHILD in process.cmdline()
-                self.self_frozen += not is_child
-                notes = [box / f"{FROZEN}{process.pid}" for box in self.boxes]
-                job, _, token = next((note.read_text() for note in notes if note.is_file()), "").partition(
-                    " "
-                )
-                patience = SELF_FROZEN_SECONDS if job else self.freeze_seconds
-                self.frozen.append(Frozen(process, time.monotonic() + patience, job, token, is_child))
+                self.frozen.append(self._self_frozen(process))
         if all(p.process and p.process.pid in {f.process.pid for f in self.frozen} for p in self.supervisors):
             # Nobody is left to take anything over: the first one goes on as if nothing had been.
             first = min(self.frozen, key=lambda f: f.wake_at)
             for frozen in [f for f in self.frozen if f.job == first.job]:
                 frozen.wake_at = 0
+
+    def _self_frozen(self, process: psutil.Process) -> Frozen:
+        note = next((f for box in self.boxes if (f := box / f"{FROZEN}{process.pid}").is_file()), None)
+        job, _, token = note.read_text().partition(" ") if note else ("", "", "")
+        self.self_frozen.add(job or str(process.pid))
+        patience = self.random.uniform(self.freeze_seconds, LOCKED_SECONDS)
+        wake_at = time.monotonic() + (SELF_FROZEN_SECONDS if job else patience)
+        return Frozen(process, wake_at, job, token, is_child=CHILD in process.cmdline())
 
     def _notice_taken_over(self) -> None:
         """Who froze itself goes on when another attempt is under way: children first, to have their say."""

@@ -119,7 +119,7 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
         late = cluster.stop()
     finally:
         cluster.end()
-    faults.counts["freeze at a chosen point"] = cluster.self_frozen
+    faults.counts["freeze at a chosen point"] = len(cluster.self_frozen)
     settings = cluster.settings
     database = Database(settings.database())
     strays = _collect(database, settings, cluster.boxes)
