@@ -28,8 +28,8 @@ from shared.exports import artifact_name
 from shared.lifecycle import Phase
 from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
-from shared.storage import Store
-from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints, discard, sync
+from shared.storage import Store, sync
+from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints, discard
 from worker.child import main, train
 from worker.export_order import ADAPTER_FILE, LaterExport
 from worker.lease import JobLease
