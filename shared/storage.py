@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -36,6 +36,13 @@ ACCOUNT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_S
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 # s3fs tries five times within a second, which is enough: botocore's own tries on top make it seven.
 S3_CONNECTIONS = {"connect_timeout": 3, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+
+
+# What a store says that has too much to do, or a fault.
+OVERLOADED = frozenset({errno.EBUSY, errno.EREMOTEIO})
+AWAY_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,19 @@ class Store:
     """Files under one fsspec URL.
 
     `account` has the variables of ACCOUNT for a process whose environment has none of them. Methods raise
-    OSError where the disk or the store refuses, StoreUnavailable where it does not answer.
+    OSError where the disk or the store refuses, StoreUnavailable where it does not answer: `publish` and
+    `fetch` only after trying again for `patience` seconds, of which they tell once, by `on_away`.
     """
 
-    def __init__(self, url: str, account: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        account: Mapping[str, str] | None = None,
+        patience: float = 0,
+        on_away: Callable[[], None] | None = None,
+    ) -> None:
+        self._patience = patience
+        self._on_away = on_away
         options: dict[str, Any] = {ACCOUNT[name]: value for name, value in (account or {}).items()}
         if url.startswith("s3:"):
             options["config_kwargs"] = S3_CONNECTIONS
@@ -90,8 +106,7 @@ class Store:
         """
         target = self._path(key)
         if not self._local:
-            with _reached():
-                self._fs.put_file(str(source), target)
+            self._patiently(lambda: self._fs.put_file(str(source), target))
             source.unlink()
             return
         destination = Path(target)
@@ -116,8 +131,7 @@ class Store:
             if not found.is_file():
                 raise FileNotFoundError(key)
             return found
-        with _reached():
-            self._fs.get_file(self._path(key), str(target))
+        self._patiently(lambda: self._fs.get_file(self._path(key), str(target)))
         return target
 
     def read(self, key: str, start: int, end: int) -> Generator[bytes, None, None]:
@@ -198,6 +212,21 @@ class Store:
         """Where a local store is; None for others."""
         return Path(self._root) if self._local else None
 
+    def _patiently(self, act: Callable[[], T]) -> T:
+        deadline = time.monotonic() + self._patience
+        told = False
+        while True:
+            try:
+                with _reached():
+                    return act()
+            except StoreUnavailable:
+                if time.monotonic() >= deadline:
+                    raise
+            if self._on_away and not told:
+                self._on_away()
+                told = True
+            time.sleep(AWAY_SECONDS)
+
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a store key: {key!r}")
@@ -209,8 +238,10 @@ def _reached() -> Iterator[None]:
     """botocore's own errors name the store's address, and are no OSErrors."""
     try:
         yield
-    except BotoCoreError as error:
-        raise StoreUnavailable("The artifact store does not answer.") from error
+    except (BotoCoreError, OSError) as error:
+        if isinstance(error, BotoCoreError) or error.errno in OVERLOADED:
+            raise StoreUnavailable("The artifact store does not answer.") from error
+        raise
 
 
 def account(environment: Mapping[str, str]) -> dict[str, str]:

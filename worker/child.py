@@ -49,6 +49,8 @@ from worker.training.workdir import Workdir
 Pipeline = Callable[[JobSpec, Plan, Workdir, EventSink, TrainingControl], list[Artifact]]
 Export = Callable[[LaterExport, Workdir, EventSink, Control], list[Artifact]]
 
+# Hours of training are not lost to a store that is away for minutes.
+STORE_PATIENCE_SECONDS = 1800.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 logger = logging.getLogger(__name__)
@@ -172,7 +174,12 @@ def _begin(order: Order) -> Attempt:
         handler.setFormatter(RedactingFormatter(redactor))
     settings = Settings(**order.settings)
     database = Database(settings.database())
-    store = Store(settings.artifacts())
+    store = Store(
+        settings.artifacts(),
+        order.store_account,
+        STORE_PATIENCE_SECONDS,
+        lambda: sink.log(Entry("The artifact store does not answer; trying again.", level="warning")),
+    )
     sink = DatabaseSink(
         database,
         store,
@@ -236,6 +243,9 @@ def _read_job(order: Order, settings: Settings, database: Database) -> tuple[Job
         spec = JobSpec.from_json(job.spec)
         plan = Plan.model_validate(job.plan)
         there = complete_checkpoints(Path(order.workdir) / CHECKPOINTS)
+        if not there and (told := logs.read_checkpoints(session, order.job_id)):
+            why = f"The checkpoint of step {told[-1].step} is not on this machine: the job begins anew."
+            logs.append_entries(session, order.job_id, [Entry(why, level="warning")], order.token)
         logs.forget_checkpoints(session, order.job_id, list(there))
         keys = {
             name: files.get_dataset(session, dataset.file_id, job.owner).key

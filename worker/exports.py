@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +20,7 @@ from shared.lifecycle import ExportStatus
 from shared.queue import Doorbell
 from shared.repository import exports, jobs, keys
 from shared.settings import Settings
+from shared.storage import account
 from shared.tables import ExportTask
 from worker.export_order import checkpoint_weights
 from worker.launch import Child
@@ -164,6 +166,7 @@ class Exports:
             export_id=task.id,
             hub_cache=str(hub_cache) if hub_cache else None,
             secrets=given,
+            store_account=account(os.environ),
         )
         try:
             child = Child(self._start_process(folder, CPU, [], hub_cache), order, ())

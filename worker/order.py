@@ -15,6 +15,7 @@ class Order:
     first of them alone. `export_id` is that of an export to be made; without it the job itself is to be run.
     `reporting` are the environment variables of the reporters that the job names.
     `hub_cache` is the owner's own folder for what its hub token opens, None where all share theirs.
+    `store_account` are the variables that the store's account is in.
     `secrets` are the owner's, by the variables of this process's environment that they go into.
     """
 
@@ -29,6 +30,9 @@ class Order:
     hub_cache: str | None = None
     # By variable. Neither printed nor logged: they are the owner's.
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
+
+    # It is in no environment, for that is passed on to whatever the process starts.
+    store_account: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.device import Device
+from shared.storage import ACCOUNT
 
 # What a child may see of the worker's environment. Never the API's keys, the database's or Redis' address.
 ENVIRONMENT = frozenset(
@@ -23,7 +24,8 @@ ENVIRONMENT = frozenset(
         "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
     }
 )  # fmt: skip
-# AWS_ is for an artifact store on S3.
+# AWS_ is for an artifact store on S3: where it is, and in which files its account. The account itself goes
+# with the order, to that process alone.
 ENVIRONMENT_PREFIXES = ("LC_", "HF_", "AWS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TRITON_")
 # The worker's own account on the hub, and the caches that all owners share.
 SHARED_HUB = frozenset(
@@ -137,7 +139,7 @@ def _environment(folder: Path, device: Device, compile_cache: Path, hub_cache: P
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+        if (name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)) and name not in ACCOUNT
     }
     if hub_cache is not None:
         # What one owner's token opened, no other owner may find in a cache; nor is it the worker's account.

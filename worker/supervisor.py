@@ -20,6 +20,7 @@ from shared.queue import Doorbell
 from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.spec import JobSpec
+from shared.storage import account
 from shared.tables import Job, WorkerRow
 from worker.caches import COMPILED
 from worker.checkpoints import FOLDER as CHECKPOINTS
@@ -236,7 +237,9 @@ class Supervisor:
         report_to = JobSpec.from_json(job.spec).report_to
         # The owner's own accounts come before the worker's.
         reporting = reporter_environment(report_to, {**os.environ, **given})
-        order = Order(job.id, token, str(workdir), settings, gpus, None, reporting, private, given)
+        order = Order(
+            job.id, token, str(workdir), settings, gpus, None, reporting, private, given, account(os.environ)
+        )
         self._doorbell.tell(job.id)
         engine = Plan.model_validate(job.plan).engine if job.plan else "reference"
         try:

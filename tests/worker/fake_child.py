@@ -63,6 +63,9 @@ def pipeline(
         return _succeed(workdir, sink)
     if word == "patient":
         return _train_until_told_to_leave(workdir, sink, control)
+    if word == "lasting":
+        _train_until_told_to_leave(workdir, sink, control)
+        return _succeed(workdir, sink)
     if word == "loading":
         sink.phase(Phase.LOADING_MODEL)
         _train_until_stopped(sink, control, checks=False)

@@ -13,6 +13,7 @@ import pytest
 
 from shared.database import Database, Session
 from shared.errors import StateConflict
+from shared.events import Checkpoint
 from shared.queue import Doorbell
 from shared.repository import jobs, leases, logs
 from shared.settings import Settings
@@ -266,3 +267,17 @@ def test_the_sweep_keeps_the_checkpoints_of_attempts_that_died_with_their_superv
     sweep(database, tmp_path)
     assert list(complete_checkpoints(tmp_path / job_id / FOLDER)) == [5]
     assert wait_for(lambda: not attempt.exists())
+
+
+def test_a_job_whose_checkpoint_is_on_another_machine_says_that_it_begins_anew(
+    start: Start, database: Database, tmp_path: Path
+) -> None:
+    job_id = make_job(database, name="succeed")
+    with database.write() as session:
+        elsewhere = Checkpoint(step=7, path=tmp_path, bytes=1, metrics={})
+        logs.put_checkpoint(session, job_id, elsewhere, [7])
+    start()
+    wait_status(database, job_id, "succeeded")
+    assert "The checkpoint of step 7 is not on this machine: the job begins anew." in messages(
+        database, job_id
+    )

@@ -268,6 +268,7 @@ def test_the_child_sees_no_secret_of_the_worker(
 ) -> None:
     monkeypatch.setenv("TUNEYARD_API_KEY", "ty-secret")
     monkeypatch.setenv("SOME_SERVICE_PASSWORD", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "store-secret")
     monkeypatch.setenv("HF_HOME", "/somewhere")
     start()
     job_id = make_job(database, name="forever")
@@ -275,7 +276,7 @@ def test_the_child_sees_no_secret_of_the_worker(
     assert pid is not None
     environment = psutil.Process(pid).environ()
     assert environment["HF_HOME"] == "/somewhere"
-    assert not {"TUNEYARD_API_KEY", "SOME_SERVICE_PASSWORD"} & set(environment)
+    assert not {"TUNEYARD_API_KEY", "SOME_SERVICE_PASSWORD", "AWS_SECRET_ACCESS_KEY"} & set(environment)
     assert not any("ty-secret" in part for part in psutil.Process(pid).cmdline())
 
 

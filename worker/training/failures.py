@@ -9,12 +9,14 @@ from pathlib import Path
 
 from shared.errors import DatasetError, JobFailure
 from shared.lifecycle import FailureCode
+from shared.storage import StoreUnavailable
 
 MEMORY_ADVICE = (
     "Smaller micro-batches and recomputed activations are tried by themselves, at the same effective batch. "
     "Lower max_seq_length, set quantization to 4bit, lower lora.r, or choose a smaller model."
 )
 DISK_ADVICE = "Free space in the server's data folder, or ask for fewer exports, then submit the job again."
+STORE_ADVICE = "Submit the job again once GET /readyz says that the store can be used."
 DIVERGED_ADVICE = (
     "Lower training.learning_rate (a tenth is a good next try), raise training.warmup_ratio, or look for "
     "broken rows in the data."
@@ -47,6 +49,8 @@ def explain(error: BaseException) -> JobFailure:
                 f"{cause}{where}",
                 "Correct the data, upload it again and submit the job again.",
             )
+        if isinstance(cause, StoreUnavailable):
+            return JobFailure(FailureCode.EXPORT_FAILED, str(cause), STORE_ADVICE)
         if out_of_disk(cause):
             return JobFailure(FailureCode.OUT_OF_DISK, "The disk is full.", DISK_ADVICE)
         if _out_of_memory(cause):
