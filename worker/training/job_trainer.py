@@ -191,6 +191,16 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
         told = torch.tensor(float(flag), device=self.args.device)
         return bool(self.accelerator.reduce(told, "sum").item())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers does on one GPU; the state moves to where the weights are in any case.
+
+        On several processes it would read onto each one's device, and torch knows no `cpu:0`.
+        """
+        if checkpoint is None:
+            return
+        for file, part in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
+
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the trainer's signature
         return str(self.aside)
 

@@ -7,6 +7,7 @@ fields beside them included, is judged by the spec, as for `POST /jobs`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,6 +21,8 @@ from shared.spec import FILE_ID, JobSpec, TrainingSpec, WandbName, WandbSpec
 
 HUB = "hub:"
 WANDB = "wandb"
+# A model of the hub may have no owner in its name, as gpt2: these are the ones that OpenAI tunes.
+OPENAIS = re.compile(r"(gpt-[345]|chatgpt-|o\d|babbage-002|davinci-002)[A-Za-z0-9.:-]*")
 # What a multiplier of 1 is.
 LEARNING_RATE: float = TrainingSpec.model_fields["learning_rate"].default
 METHOD = "method.supervised.hyperparameters"
@@ -130,6 +133,7 @@ def multiplier(learning_rate: float) -> float:
 
 
 def _document(asked: _Create) -> dict[str, Any]:
+    _refuse_openais_models(asked.model)
     _refuse_other_methods(asked)
     document = dict(asked.model_extra or {})
     for name in ("dataset", "validation_dataset"):
@@ -156,6 +160,16 @@ def _document(asked: _Create) -> dict[str, Any]:
     for name, value, given in _training(asked):
         _put(training, name, value, given)
     return document | {"training": training}
+
+
+def _refuse_openais_models(model: str) -> None:
+    if OPENAIS.fullmatch(model):
+        raise InvalidRequest(
+            f"{model} is OpenAI's own and is nowhere to be had. GET /v1/models lists this server's base "
+            "models; any of the hub goes too, as OWNER/NAME.",
+            param="model",
+            code="model_not_found",
+        )
 
 
 def _refuse_other_methods(asked: _Create) -> None:

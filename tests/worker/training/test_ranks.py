@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from shared.errors import JobFailure, JobStopped
 from shared.events import MemorySink
+from shared.lifecycle import Phase
 from tests.conftest import wait_for
 from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
 
@@ -115,3 +118,50 @@ def test_a_rank_that_dies_ends_the_job_and_says_so(tmp_path: Path, tiny_model: P
         )
     killer.join()
     assert ranks() == []
+
+
+class InEvaluation(MemorySink):
+    """Does something when the job's first evaluation begins."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.act: Callable[[], None] | None = act
+
+    def phase(self, phase: Phase) -> None:
+        super().phase(phase)
+        if phase is Phase.EVALUATING and self.act is not None:
+            act, self.act = self.act, None
+            act()
+
+
+def test_what_ends_an_evaluation_of_two_ranks_changes_no_loss(tmp_path: Path, tiny_model: Path) -> None:
+    """A pause or SIGTERM, a stop at once, and a kill of the other rank."""
+    spec = make_spec(
+        {"max_steps": 4, "eval_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1},
+        lora={"r": 8, "dropout": 0.3},
+        packing=False,
+        validation_fraction=0.2,
+    )
+    ways = {"gpus": 2, "micro_batch": 1}
+    whole = run_job(spec, new_workdir(tmp_path / "whole", tiny_model), **ways).sink
+    workdir = new_workdir(tmp_path / "ended", tiny_model)
+    attempts: list[MemorySink] = []
+
+    def ended(act: Callable[[], None], error: type[Exception], control: Running) -> None:
+        attempts.append(InEvaluation(act))
+        with pytest.raises(error):
+            run_job(spec, workdir, attempts[-1], control, **ways)
+        assert ranks() == []
+
+    control = Running()
+    ended(lambda: os.kill(ranks()[0].pid, signal.SIGKILL), JobFailure, control)
+    ended(lambda: setattr(control, "stop", True), JobStopped, control)
+    control = Running()
+    ended(lambda: setattr(control, "leave", True), JobStopped, control)
+    attempts.append(run_job(spec, workdir, **ways).sink)
+
+    def losses(sink: MemorySink) -> dict[Any, Any]:
+        return {r["step"]: {k: v for k, v in r.items() if k != "tokens_per_second"} for r in sink.rows}
+
+    assert losses(attempts[-1]) == losses(whole)
+    assert [step for step, row in losses(whole).items() if "eval_loss" in row] == [2, 4]

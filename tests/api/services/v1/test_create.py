@@ -93,10 +93,17 @@ def test_a_data_set_of_the_hub_has_a_name_too() -> None:
     assert parse(training_file="hub:owner/rows").dataset == HubDataset(id="owner/rows")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "openai/gpt-oss-20b", "gpt-neo-125m", "o/1"])
+def test_models_of_the_hub_that_are_called_alike_are_none_of_openais(name: str) -> None:
+    assert parse(model=name).model == name
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
         ({"training_file": None}, "training_file", "invalid_type"),
+        ({"model": "gpt-4o-mini-2024-07-18"}, "model", "model_not_found"),
+        ({"model": "davinci-002"}, "model", "model_not_found"),
         ({"training_file": "rows.jsonl"}, "training_file", "invalid_value"),
         ({"suffix": "x" * 65}, "suffix", "out_of_range"),
         ({"seed": -1}, "seed", "out_of_range"),
