@@ -28,6 +28,7 @@ from shared.errors import (
     Unauthorized,
     Unavailable,
 )
+from shared.storage import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(OperationalError, _database_away)
     app.add_exception_handler(PoolTimeout, _database_away)
+    app.add_exception_handler(StoreUnavailable, _store_away)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -204,6 +206,12 @@ def _gone(request: Request, _error: Exception) -> Response:
 def _database_away(request: Request, error: Exception) -> Response:
     logger.error("The database did not answer: %s", error)
     away = Unavailable("The database does not answer at the moment: try again.")
+    return render(away, request.url.path, {"retry-after": "2"})
+
+
+def _store_away(request: Request, error: Exception) -> Response:
+    logger.error("The store did not answer: %s", error.__cause__)
+    away = Unavailable(f"{error} Try again.", code="storage_unavailable")
     return render(away, request.url.path, {"retry-after": "2"})
 
 

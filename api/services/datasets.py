@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import get_args
 
 from api.context import Caller, Context
@@ -13,7 +14,7 @@ from shared.errors import InvalidRequest
 from shared.repository import files
 from shared.repository.jobs import Page
 from shared.spec import DataFormat
-from shared.storage import Store
+from shared.storage import Store, StoreUnavailable
 from shared.tables import FINE_TUNE
 
 FORMATS: tuple[str, ...] = get_args(DataFormat)
@@ -65,7 +66,8 @@ def delete(database: Database, store: Store, caller: Caller, dataset_id: str) ->
     """
     with database.write() as session:
         key = files.delete_file(session, files.get_dataset(session, dataset_id, caller.scope, lock=True))
-    store.delete(key)
+    with suppress(StoreUnavailable):  # `tuneyard gc` removes what no row names.
+        store.delete(key)
 
 
 def format_of(fields: Mapping[str, str]) -> str:

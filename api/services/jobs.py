@@ -34,7 +34,7 @@ from shared.repository import exports, files, jobs, keys, logs, owners
 from shared.repository.jobs import Page
 from shared.settings import Settings
 from shared.spec import CONTROL_CHARACTERS, MAX_METADATA, FileDataset, JobSpec
-from shared.storage import Store
+from shared.storage import Store, StoreUnavailable
 from shared.tables import DatasetRow, Job
 
 METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -278,7 +278,8 @@ def delete(database: Database, store: Store, caller: Caller, job_id: str) -> Non
     """
     with database.write() as session:
         jobs.delete_job(session, job_id, caller.scope)
-    store.delete_tree(f"jobs/{job_id}")
+    with suppress(StoreUnavailable):  # `tuneyard gc` removes what no row names.
+        store.delete_tree(f"jobs/{job_id}")
 
 
 def list_checkpoints(database: Database, caller: Caller, job_id: str) -> ListOut[CheckpointOut]:

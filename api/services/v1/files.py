@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 from api.context import Caller, Context
@@ -16,7 +17,7 @@ from shared.database import Database
 from shared.errors import InvalidRequest
 from shared.repository import files
 from shared.repository.jobs import Page
-from shared.storage import Store
+from shared.storage import Store, StoreUnavailable
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 # A file may be given away after an hour at the earliest, and a month at the latest.
@@ -84,7 +85,8 @@ def delete(database: Database, store: Store, caller: Caller, file_id: str) -> Fi
     """
     with database.write() as session:
         key = files.delete_file(session, files.get_file(session, file_id, caller.scope, lock=True))
-    store.delete(key)
+    with suppress(StoreUnavailable):  # `tuneyard gc` removes what no row names.
+        store.delete(key)
     return FileDeletedV1(id=file_id)
 
 

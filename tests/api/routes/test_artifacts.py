@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
+from shared.settings import Settings
 from tests.api.conftest import SPEC, Api, Live, error_of, publish
 from tests.conftest import wait_for
+from tests.proxy import Proxy
+from tests.s3 import S3Server
 
 pytestmark = pytest.mark.anyio
 
 CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture(params=[pytest.param("folder", id=pytest.HIDDEN_PARAM), "s3"])
+def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    """With each kind of store."""
+    if request.param == "folder":
+        return settings
+    return settings.model_copy(update={"artifacts_url": request.getfixturevalue("s3_url")})
 
 
 @pytest.fixture
@@ -145,6 +157,7 @@ def _open_files(name: str) -> int:
     return found
 
 
+@pytest.mark.parametrize("settings", ["folder"], indirect=True, ids=[pytest.HIDDEN_PARAM])
 def test_a_client_that_goes_in_the_middle(live: Live, tmp_path: Path) -> None:
     with live.client() as client:
         job_id = client.post("/jobs", json=SPEC).json()["id"]
@@ -173,3 +186,30 @@ def test_raw_paths_reach_no_file(live: Live) -> None:
         with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
             connection.sendall(request.encode())
             assert connection.recv(65_536).startswith(b"HTTP/1.1 404")
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[Proxy]:
+    with Proxy.to_url(s3_server.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def behind_proxy(proxy: Proxy, s3_url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    return proxy
+
+
+@pytest.mark.parametrize("settings", ["s3"], indirect=True)
+async def test_a_store_that_is_away_is_said_and_holds_up_no_deletion(
+    behind_proxy: Proxy, api: Api, url: str
+) -> None:
+    behind_proxy.cut()
+    error = error_of(await api.ann.get(url), 503)
+    assert error["code"] == "storage_unavailable"
+    assert str(behind_proxy.port) not in error["message"]
+    job = url.partition("/artifacts")[0]
+    api.finish(job.rpartition("/")[2])
+    assert (await api.ann.delete(job)).status_code == 204
+    behind_proxy.restore()
+    assert (await api.ann.get(url)).status_code == 404
