@@ -282,4 +282,4 @@ def test_a_full_disk_leaves_no_half_a_checkpoint_and_ends_no_job(
     # The job is none the worse for it.
     assert "adapter.tar" in [artifact.name for artifact in outcome.artifacts]
     assert sum(m.startswith("Step 4 gets no checkpoint") for m in messages(outcome)) == 1
-    assert list((tmp_path / "job" / "1" / FOLDER).iterdir()) == []
+    assert list((outcome.workdir.root / FOLDER).iterdir()) == []
