@@ -80,7 +80,7 @@ def populate(database: Database, size: Size) -> Population:
     with database.write() as session:
         key = keys.create_key(session, owners[0], admin=False)
         session.add_all([OwnerRow(name=owner, gpu_seconds=rng.random() * 1e5) for owner in owners])
-        logged = _job(owners[0], now, JobStatus.SUCCEEDED) | {"last_seq": 0}
+        logged = _job(owners[0], now, JobStatus.SUCCEEDED, 1) | {"last_seq": 0}
         finished = [
             _job(owners[n % size.owners], now - timedelta(minutes=size.finished - n), _end(n), n)
             for n in range(size.finished)
@@ -92,7 +92,7 @@ def populate(database: Database, size: Size) -> Population:
         for part in _parts([*finished, *queued, logged]):
             session.execute(insert(Job), part)
             session.execute(insert(JobLabel), _label_rows(part))
-        _add_records(session, finished)
+        _add_records(session, [*finished, logged])
     for part in _parts(finished):
         with database.write() as session:
             session.execute(insert(LogEntry), [row for job in part for row in _log_rows(job)])
