@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--follow-seconds", type=float, default=20, help="of each followers' measurement")
     parser.add_argument("--claims", type=int, default=10, help="jobs to wait for being claimed")
     parser.add_argument("--only", default=",".join(PARTS), help="which measurements")
-    parser.add_argument("--small", action="store_true", help="a tenth of everything, in a minute or two")
+    parser.add_argument("--small", action="store_true", help="a tenth of everything")
     arguments = parser.parse_args()
     console = Console(width=120)
     parts = arguments.only.split(",")
