@@ -37,7 +37,7 @@ test: install lint
 
 # Everything that has a database, on PostgreSQL. `make test` runs what is marked `postgresql` on it.
 test-postgres: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --database postgresql
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --database postgresql -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
