@@ -104,7 +104,7 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
         clients[0].planned += plan.planned[:1]
         clients[1].planned += plan.planned[1:]
         if plan.real:
-            file_id = str(clients[0].upload(real.rows()))
+            file_id = str(clients[2].upload(real.rows()))
             clients[2].planned += [real.spec(file_id) for _ in range(plan.real)]
         faults = Faults(
             cluster, Random(random.random()), plan.small_disk, lambda: [job_id for _, job_id in seen.accepted]
