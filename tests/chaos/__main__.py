@@ -102,6 +102,7 @@ def _print(plan: Plan, report: Report, explored: list[Explored]) -> None:
     rows: list[tuple[str, object]] = [
         ("faults injected", report.faults.total()),
         ("jobs", f"{jobs.total()} ({', '.join(f'{n} {status}' for status, n in sorted(jobs.items()) if n)})"),
+        ("trained for real", report.trained),
         ("attempts", report.attempts),
         ("log entries", sum(event.what == "entry" for event in report.truth.history)),
         ("pages and streams read by clients", len(report.seen.pages)),

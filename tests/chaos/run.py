@@ -74,6 +74,12 @@ class Report:
         return len(claims) + len(exports)
 
     @property
+    def trained(self) -> int:
+        """Jobs that were trained for real to their end."""
+        done = [job for job in self.truth.jobs.values() if job.status == JobStatus.SUCCEEDED]
+        return sum(job.spec["name"] == "real" for job in done)
+
+    @property
     def jobs(self) -> Counter[str]:
         statuses = Counter(job.status for job in self.truth.jobs.values())
         statuses["deleted"] = sum(event.what == "deleted" for event in self.truth.history)
@@ -132,6 +138,7 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
         *check(truth, seen, Rules(plan.max_losses, faults.counts["disk full"] > 0, len(cluster.boxes) == 1)),
         *_stumbled(aside),
         *([] if report.jobs[JobStatus.SUCCEEDED] else ["not one job succeeded"]),
+        *(["no job that was trained for real succeeded"] if plan.real and not report.trained else []),
         *(f"{kind} found nothing to hit" for kind in faults.kinds() if not faults.counts[kind]),
     ]
     return report
