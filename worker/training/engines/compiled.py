@@ -37,8 +37,6 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
     from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention
 
     register_attention(ATTENTION)
-    # Products whose sums are split between processors would else be put together in bfloat16.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base = load_base(model, torch.bfloat16, device="cuda:0", attention=ATTENTION)
     checkpoint_layers(base, plan)
     adapted = add_adapter(spec, base)
