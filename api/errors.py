@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -64,6 +64,8 @@ CODES = {
     "string_too_short": "out_of_range",
 }
 
+Body = TypeVar("Body", bound=BaseModel)
+
 
 def install(app: FastAPI) -> None:
     """Let this application answer every error in the contract's shape."""
@@ -100,9 +102,18 @@ def render(error: TuneyardError, path: str, headers: Mapping[str, str] | None = 
     return Response(body, status, told, media_type="application/json")
 
 
-def invalid_spec(error: ValidationError) -> TuneyardError:
-    """What is wrong with a JSON document, from pydantic's findings."""
-    return _from_findings(error.errors(include_url=False, include_input=False))
+def read_body(model: type[Body], body: bytes | str) -> Body:
+    """The JSON document as this model.
+
+    Raises:
+        MalformedRequest: it is not JSON.
+        InvalidRequest: names the first field that is wrong, and tells of the others.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        # Without pydantic's own error, which repeats what was given: that may be a secret.
+        raise _from_findings(error.errors(include_url=False, include_input=False)) from None
 
 
 def _from_findings(findings: Sequence[Mapping[str, Any]]) -> TuneyardError:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from pydantic import ValidationError
-
 from api.context import Caller
-from api.errors import invalid_spec
+from api.errors import read_body
 from api.schemas import CheckpointOut, EstimateOut, JobOut, ListOut
 from shared.clock import utcnow
 from shared.database import Database, Session
@@ -59,10 +57,7 @@ def parse_spec(body: bytes) -> JobSpec:
     # What this parser can't take, the spec's own refuses with its place.
     with suppress(ValueError, RecursionError):
         load_json(body)
-    try:
-        return JobSpec.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_spec(error) from error
+    return read_body(JobSpec, body)
 
 
 def digest_of(body: bytes) -> str:

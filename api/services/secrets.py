@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.context import Caller
-from api.errors import invalid_spec
+from api.errors import read_body
 from api.schemas import ListOut, SecretOut
 from shared.database import Database
 from shared.errors import NotFound
@@ -32,10 +32,7 @@ def put(database: Database, settings: Settings, caller: Caller, name: str, body:
         InvalidRequest: no such value can be one.
     """
     _check_name(name)
-    try:
-        value = SecretIn.model_validate_json(body).value
-    except ValidationError as error:
-        raise invalid_spec(error) from None
+    value = read_body(SecretIn, body).value
     sealed = Vault(settings).seal(caller.name, name, value)
     with database.write() as session:
         return SecretOut.of(secrets.put_secret(session, caller.name, name, sealed))

@@ -10,10 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from api.context import Caller
-from api.errors import invalid_spec
+from api.errors import read_body
 from api.schemas_chat import ChatRequest, CompletionRequest, Sampling
 from api.services.logs import Write
 from api.services.v1.inference import Answering, Servable, find_servable
@@ -49,10 +47,7 @@ def read_chat(settings: Settings, database: Database, caller: Caller, body: byte
         NotFound: no such model, or somebody else's.
         InvalidRequest: what is wrong with it, or what the model lacks.
     """
-    try:
-        request = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_spec(error) from error
+    request = read_body(ChatRequest, body)
     model = find_servable(database, caller, request.model)
     tools = request.offered
     row = {
@@ -88,10 +83,7 @@ def read_completion(settings: Settings, database: Database, caller: Caller, body
         NotFound: no such model, or somebody else's.
         InvalidRequest: what is wrong with it, or what the model lacks.
     """
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_spec(error) from error
+    request = read_body(CompletionRequest, body)
     model = find_servable(database, caller, request.model)
     if INVALID_TEXT.search(request.text):
         raise InvalidRequest(f"The prompt can't be used: {REASONS['invalid_text']}.", param="prompt")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from api.errors import invalid_spec
+from api.errors import read_body
 from api.services.jobs import load_json
 from shared.errors import InvalidRequest
 from shared.spec import FILE_ID, JobSpec, TrainingSpec, WandbName, WandbSpec
@@ -105,15 +105,8 @@ def parse_create(body: bytes) -> JobSpec:
     """
     with suppress(ValueError, RecursionError):
         load_json(body)
-    try:
-        asked = _Create.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_spec(error) from error
-    document = _document(asked)
-    try:
-        return JobSpec.model_validate_json(json.dumps(document))
-    except ValidationError as error:
-        raise invalid_spec(error) from error
+    asked = read_body(_Create, body)
+    return read_body(JobSpec, json.dumps(_document(asked)))
 
 
 def in_openai_terms(work: Callable[[], Answer]) -> Answer:
