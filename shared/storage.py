@@ -36,8 +36,6 @@ ACCOUNT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_S
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 # s3fs tries five times within a second, which is enough: botocore's own tries on top make it seven.
 S3_CONNECTIONS = {"connect_timeout": 3, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
-
-
 # What a store says that has too much to do, or a fault.
 OVERLOADED = frozenset({errno.EBUSY, errno.EREMOTEIO})
 AWAY_SECONDS = 1.0
@@ -92,6 +90,7 @@ class Store:
         self._fs, self._root = fsspec.core.url_to_fs(
             url, use_listings_cache=False, skip_instance_cache=True, **options
         )
+        self._base = self._root.rstrip("/")
         self._local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
@@ -161,25 +160,24 @@ class Store:
 
     def list_files(self) -> Iterator[StoredFile]:
         """Everything in the store, also what is no complete file of ours."""
-        root = self._root.rstrip("/")
         with _reached():
-            found = self._fs.find(root, detail=True)
+            found = self._fs.find(self._base, detail=True)
         for path, info in found.items():
             made = info.get("mtime") or info.get("LastModified") or info.get("created")
             seconds = made.timestamp() if isinstance(made, datetime) else float(made or time.time())
-            yield StoredFile(path.removeprefix(root).lstrip("/"), int(info["size"] or 0), seconds)
+            yield StoredFile(path.removeprefix(self._base).lstrip("/"), int(info["size"] or 0), seconds)
 
     def remove_stray(self, file: StoredFile) -> None:
         """Delete a file that `list_files` told of; one that is gone already is no error."""
         with _reached(), suppress(FileNotFoundError):
-            self._fs.rm_file(f"{self._root.rstrip('/')}/{file.name}")
+            self._fs.rm_file(f"{self._base}/{file.name}")
 
     def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
         """The multipart uploads under this URL: an S3-compatible store keeps the parts of those that were
         killed for ever, where no list of files shows them."""
         if "s3" not in self._fs.protocol:
             return
-        bucket, _, prefix = f"{self._root.rstrip('/')}/".partition("/")
+        bucket, _, prefix = f"{self._base}/".partition("/")
         with _reached():
             found = self._fs.list_multipart_uploads(bucket)
         for upload in found:
@@ -189,13 +187,13 @@ class Store:
 
     def abort_upload(self, upload: UnfinishedUpload) -> None:
         """Remove its parts; one that has ended since is no error."""
-        bucket, _, prefix = f"{self._root.rstrip('/')}/".partition("/")
+        bucket, _, prefix = f"{self._base}/".partition("/")
         with _reached(), suppress(FileNotFoundError):
             self._fs.abort_mpu(bucket, f"{prefix}{upload.name}", upload.upload_id)
 
     def is_writable(self) -> bool:
         """Whether a small file can be written, for the readiness check."""
-        path = f"{self._root.rstrip('/')}/.ready-{os.getpid()}"
+        path = f"{self._base}/.ready-{os.getpid()}"
         try:
             with _reached():
                 self._fs.pipe_file(path, b"")
@@ -230,7 +228,7 @@ class Store:
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a store key: {key!r}")
-        return f"{self._root.rstrip('/')}/{key}"
+        return f"{self._base}/{key}"
 
 
 @contextmanager
