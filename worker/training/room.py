@@ -107,17 +107,7 @@ class Room:
         if self._need is None or now < self._look_at:
             return
         self._look_at = now + WATCH_SECONDS
-        checkpoint = self._checkpoint_bytes()
-        with self._reservation.alone():
-            short = next(
-                (
-                    (place, wanted, free)
-                    for place in self._places
-                    if (wanted := place.exports + (checkpoint if self._output in place.folders else 0))
-                    > (free := self._unpromised(place))
-                ),
-                None,
-            )
+        short = self._short_of_next_checkpoint()
         if short is not None and not self._short:
             place, wanted, free = short
             self._sink.log(
@@ -177,6 +167,17 @@ class Room:
                 f"{gigabytes(free_bytes(place.folders[0]))} are free. The adapter is there.",
                 DISK_ADVICE,
             )
+
+    def _short_of_next_checkpoint(self) -> tuple[_Place, int, int] | None:
+        """Where it and the exports have no room, the bytes that they need there, and those that are free."""
+        checkpoint = self._checkpoint_bytes()
+        with self._reservation.alone():
+            for place in self._places:
+                wanted = place.exports + (checkpoint if self._output in place.folders else 0)
+                free = self._unpromised(place)
+                if wanted > free:
+                    return place, wanted, free
+        return None
 
     def _short_of_exports(self) -> tuple[_Place, int] | None:
         for place in self._places:
