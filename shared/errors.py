@@ -142,4 +142,18 @@ class JobFailure(Exception):
 
 
 class JobStopped(Exception):
-    """The pipeline was asked to stop (cancel, pause or hand back) and has done so."""
+    """The pipeline was asked to stop (cancel, pause or hand back), or may not go on yet, and has stopped."""
+
+
+class NoRoomYet(JobStopped):
+    """The disk room that a job or an export needs is free, but promised to others: it is to wait for it.
+
+    Args:
+        message: what is needed and where, in one sentence.
+        needs: bytes that have to be free, by a folder on each disk.
+    """
+
+    def __init__(self, message: str, needs: dict[str, int]) -> None:
+        super().__init__(message)
+        self.message = message
+        self.needs = needs

@@ -23,7 +23,7 @@ from typing import cast
 from sqlalchemy.exc import OperationalError
 
 from shared.database import Database
-from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost
+from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost, NoRoomYet
 from shared.events import Artifact, Control, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
@@ -41,6 +41,7 @@ from worker.export_order import LaterExport, read_export
 from worker.lease import ExportLease, JobLease
 from worker.order import Order
 from worker.reporting import reporting
+from worker.reservations import RESERVED, put_off
 from worker.secrets import HUB_TOKEN
 from worker.sink import DatabaseSink
 from worker.training.failures import explain
@@ -211,6 +212,10 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             with reporting(order, spec, settings.root, sink) as told:
                 pipeline(spec, plan, workdir, told, control)
             sink.results(workdir.root)
+    except NoRoomYet as error:
+        # Noted before the job is in the queue again, where supervisors of this box find it.
+        put_off(settings.root / "cache" / RESERVED, order.export_id or order.job_id, error.needs)
+        sink.give_back(error.message)
     except JobStopped:
         sink.give_back("The worker asked it to stop.")
     except OperationalError as error:

@@ -29,6 +29,7 @@ from shared.shape import ModelShape
 from shared.spec import JobSpec
 from shared.tables import Job
 from worker.gpus import measure_free
+from worker.reservations import RESERVED, still_put_off
 from worker.training.failures import MEMORY_ADVICE
 
 # Jobs looked at in one go, of all owners and of one; more than this many that fit nowhere hold up those
@@ -82,8 +83,9 @@ class Claims:
     """Claims jobs in the queue's order (shared/fairness.py) for the slots that they fit.
 
     A GPU counts with the memory that is free on it now, whoever has the rest. A job that fits none of this
-    box's slots is left to other workers, and one whose GPU somebody outside uses waits; neither holds up
-    those behind it. A job that asks for more GPUs than are free keeps the free ones for itself.
+    box's slots is left to other workers, one whose GPU somebody outside uses waits, and so does one that was
+    put off until there is room on this box's disk; none holds up those behind it. A job that asks for more
+    GPUs than are free keeps the free ones for itself.
     """
 
     def __init__(self, settings: Settings, database: Database, worker: str, slots: Sequence[Device]) -> None:
@@ -93,6 +95,8 @@ class Claims:
         self._slots = slots
         # Since when (monotonic) a job is known to find no place here.
         self._waits: dict[str, float] = {}
+        self._reserved = settings.root / "cache" / RESERVED
+        self._put_off: set[str] = set()
 
     def fill(self, free: Sequence[Device]) -> Iterator[tuple[Job, tuple[Device, ...]]]:
         """Claim what the free slots can take; each job comes under its lease, with its plan."""
@@ -105,6 +109,7 @@ class Claims:
         self._waits = {job_id: since for job_id, since in self._waits.items() if job_id in queued}
         if fair.is_empty:
             return
+        self._put_off = still_put_off(self._reserved)
         try:
             measured = {device.index: device for device in measure_free(free)}
         except Unavailable as error:
@@ -131,6 +136,7 @@ class Claims:
 
     def first(self, limit: int) -> list[Job]:
         """The waiting jobs that are next, claimed or not."""
+        self._put_off = still_put_off(self._reserved)
         with self._database.read() as session:
             fair = queue.offer(session, self._settings, self._read_line)
         return list(islice(fair, limit))
@@ -141,7 +147,7 @@ class Claims:
         for _ in range(LOOK_AT_EACH // READ):
             with self._database.read() as session:
                 jobs = queue.read_line(session, priority, owner, last, READ)
-            yield from jobs
+            yield from (job for job in jobs if job.id not in self._put_off)
             if len(jobs) < READ:
                 return
             last = jobs[-1]

@@ -26,6 +26,7 @@ from worker.export_order import checkpoint_weights
 from worker.launch import Child
 from worker.order import Order
 from worker.process import Process
+from worker.reservations import RESERVED, still_put_off
 from worker.secrets import OwnerSecrets
 from worker.sweep import EXPORT_PREFIX, remove_in_background
 
@@ -139,8 +140,10 @@ class Exports:
 
     def _claim(self) -> None:
         lease = timedelta(seconds=self._settings.lease_seconds)
+        put_off = still_put_off(self._settings.root / "cache" / RESERVED)
         with self._database.write() as session:
-            task = exports.claim_export(session, self._worker, new_token(), utcnow() + lease, self._has)
+            expires_at = utcnow() + lease
+            task = exports.claim_export(session, self._worker, new_token(), expires_at, self._has, put_off)
             if task is None:
                 live = [w.id for w in keys.live_workers(session, utcnow() - lease)]
                 exports.fail_unmakeable(session, live)

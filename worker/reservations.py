@@ -1,4 +1,5 @@
-"""Room on this machine's disks that jobs under way have been promised and have not filled yet."""
+"""Room on this machine's disks that jobs under way have been promised and have not filled yet, and who waits
+for it."""
 
 from __future__ import annotations
 
@@ -7,14 +8,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+# Where promises are, under the folder of caches.
+RESERVED = "reserved"
 ALL = "all.lock"
 PREFIX = "job-"
+WAITS = "waits-"
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Reservation:
 
     def others(self, disk: int) -> int:
         """Bytes of this disk that are promised to other attempts and still free."""
-        return sum(p.open_bytes() for file in self._live() for p in _read(file) if p.disk == disk)
+        return _promised(self._folder, self._path)[disk]
 
     def hold(self, promises: Iterable[Promise]) -> None:
         """Take these in the place of those before.
@@ -75,18 +80,72 @@ class Reservation:
         text = json.dumps([asdict(promise) for promise in promises])
         os.pwrite(self._number, text.encode().ljust(os.fstat(self._number).st_size), 0)
 
-    def _live(self) -> Iterator[Path]:
-        """The files of others; those of the dead are removed."""
-        for file in self._folder.glob(f"{PREFIX}*"):
-            if file == self._path:
-                continue
-            with suppress(FileNotFoundError), file.open("rb") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield file
-                else:
-                    file.unlink(missing_ok=True)
+
+def put_off(folder: Path, name: str, needs: Mapping[str, int]) -> None:
+    """Note what a job or an export waits for, by a folder on each disk.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    note = folder / f"{WAITS}{name}"
+    aside = note.with_name(f".{note.name}-{os.getpid()}")
+    aside.write_text(json.dumps(needs), encoding="utf-8")
+    aside.rename(note)
+
+
+def notes(folder: Path) -> dict[str, Path]:
+    """The notes of what was put off, by its name."""
+    return {note.name.removeprefix(WAITS): note for note in folder.glob(f"{WAITS}*")}
+
+
+def still_put_off(folder: Path) -> set[str]:
+    """Names of those whose room is there and promised to others. What would not fit on the free disk as it is
+    waits no longer: it is to fail."""
+    found = notes(folder)
+    if not found:
+        return set()
+    with (folder / ALL).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Whoever has it may be frozen: a supervisor does not wait for that, and looks again soon.
+            return set(found)
+        promised = _promised(folder)
+    return {name for name, note in found.items() if _waits(note, promised)}
+
+
+def _waits(note: Path, promised: Mapping[int, int]) -> bool:
+    needs: dict[str, int] = {}
+    with suppress(FileNotFoundError):
+        needs = json.loads(note.read_text(encoding="utf-8"))
+    short = False
+    for folder, size in needs.items():
+        place = nearest(Path(folder))
+        free = free_bytes(place)
+        if size > free:
+            return False
+        short = short or size > free - promised[place.stat().st_dev]
+    return short
+
+
+def _promised(folder: Path, but: Path | None = None) -> Counter[int]:
+    """Bytes that are promised and not filled yet, by disk; files of the dead are removed. Ask alone."""
+    found: Counter[int] = Counter()
+    for file in folder.glob(f"{PREFIX}*"):
+        if file != but and _is_live(file):
+            for promise in _read(file):
+                found[promise.disk] += promise.open_bytes()
+    return found
+
+
+def _is_live(file: Path) -> bool:
+    with suppress(FileNotFoundError), file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        file.unlink(missing_ok=True)
+    return False
 
 
 def nearest(folder: Path) -> Path:

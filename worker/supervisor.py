@@ -34,11 +34,12 @@ from worker.preempt import preempt
 from worker.process import Process
 from worker.reporting import reporter_environment
 from worker.requests import heed_requests
+from worker.reservations import RESERVED
 from worker.retention import collect_in_background
 from worker.secrets import OwnerSecrets
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
-from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep
+from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep, sweep_notes
 from worker.usage import Usage
 
 SEEN_SECONDS = 5.0
@@ -129,6 +130,7 @@ class Supervisor:
             self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
             sweep(self._database, self._work)
+            sweep_notes(self._database, self._settings.root / "cache" / RESERVED)
             self._swept = now
         if now - self._collected >= COLLECT_SECONDS:
             collect_in_background(self._database, self._settings)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from shared.database import Database
 from shared.ids import JOB_ID
-from shared.repository import exports, leases
+from shared.repository import exports, leases, queue
 from worker.checkpoints import FOLDER
 from worker.process import REPORTS
+from worker.reservations import notes
 from worker.settle import keep_checkpoints
 
 SWEEP_SECONDS = 30.0
@@ -49,6 +50,17 @@ def sweep(database: Database, work: Path) -> None:
                 remove_in_background(attempt)
 
 
+def sweep_notes(database: Database, reserved: Path) -> None:
+    """Remove the notes of what waited for room and waits no longer."""
+    old = {name: note for name, note in notes(reserved).items() if _is_old(note)}
+    if not old:
+        return
+    with database.read() as session:
+        queued = queue.still_queued(session, old) | exports.still_queued(session, old)
+    for name in old.keys() - queued:
+        old[name].unlink(missing_ok=True)
+
+
 def _entries(folder: Path) -> list[Path]:
     """What is in the folder; several supervisors may sweep one."""
     with contextlib.suppress(FileNotFoundError):
@@ -56,10 +68,10 @@ def _entries(folder: Path) -> list[Path]:
     return []
 
 
-def _is_old(attempt: Path) -> bool:
-    """Whether its supervisor has had the time to clean up itself."""
+def _is_old(path: Path) -> bool:
+    """Whether whoever left it has had the time to clean up, or to end what it was about."""
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - attempt.stat().st_mtime > SWEEP_SECONDS
+        return time.time() - path.stat().st_mtime > SWEEP_SECONDS
     return False
 
 

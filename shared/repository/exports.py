@@ -62,11 +62,16 @@ def exports_of(session: Session, job_ids: Collection[str]) -> dict[str, list[Exp
 
 
 def claim_export(
-    session: Session, worker: str, token: str, expires_at: datetime, can_make: Callable[[ExportTask], bool]
+    session: Session,
+    worker: str,
+    token: str,
+    expires_at: datetime,
+    can_make: Callable[[ExportTask], bool],
+    put_off: Collection[str] = (),
 ) -> ExportTask | None:
     """Take the next task that this worker can make, by its job's priority, then by age; None if none is left.
 
-    One that it can't make is passed by, which the task remembers.
+    One that it can't make is passed by, which the task remembers; those that are `put_off` (ids) wait.
     """
     statement = (
         select(ExportTask)
@@ -76,7 +81,7 @@ def claim_export(
         .with_for_update(skip_locked=True)
     )
     for task in session.exec(statement):
-        if worker in task.passed_by:
+        if worker in task.passed_by or task.id in put_off:
             continue
         if not can_make(task):
             task.passed_by = [*task.passed_by, worker]
@@ -116,6 +121,12 @@ def owned_export(session: Session, job_id: str, task_id: str, token: str) -> Exp
     if task is None:
         raise LeaseLost(task_id)
     return task
+
+
+def still_queued(session: Session, task_ids: Collection[str]) -> set[str]:
+    """Those of the tasks that are queued."""
+    statement = select(ExportTask.id).where(ExportTask.status == ExportStatus.QUEUED)
+    return set(session.exec(statement.where(col(ExportTask.id).in_(task_ids))))
 
 
 def expired_exports(session: Session, now: datetime) -> list[ExportTask]:

@@ -11,8 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from shared.disk import DiskNeed
 from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress, TrainingControl
 from shared.exports import artifact_name
 from shared.lifecycle import Phase
@@ -22,6 +25,8 @@ from tests.samples import size_and_hash
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
 from worker.child import main
 from worker.export_order import ADAPTER_FILE, LaterExport
+from worker.reservations import free_bytes
+from worker.training.room import Room
 from worker.training.workdir import Workdir
 
 # A pipeline that is never stopped ends by itself: nothing outlives a test that failed.
@@ -58,14 +63,14 @@ def pipeline(
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "forever":
         _train_until_stopped(sink, control, checks=True)
+    if word == "roomy":
+        return _hold_room(spec, workdir, sink, control)
     if word == "hungry":
         _run_out_of_memory(workdir, sink, attempts=int((spec.name or "").split()[1]))
         return _succeed(workdir, sink)
-    if word == "patient":
-        return _train_until_told_to_leave(workdir, sink, control)
-    if word == "lasting":
+    if word in ("patient", "lasting"):
         _train_until_told_to_leave(workdir, sink, control)
-        return _succeed(workdir, sink)
+        return [] if word == "patient" else _succeed(workdir, sink)
     if word == "loading":
         sink.phase(Phase.LOADING_MODEL)
         _train_until_stopped(sink, control, checks=False)
@@ -73,6 +78,22 @@ def pipeline(
         subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
         _train_until_stopped(sink, control, checks=False)
     raise AssertionError(word)
+
+
+def _hold_room(spec: JobSpec, workdir: Workdir, sink: EventSink, control: TrainingControl) -> list[Artifact]:
+    with _most_of_the_disk(workdir, sink):
+        if (spec.name or "").endswith("forever"):
+            _train_until_stopped(sink, control, checks=True)
+    return _succeed(workdir, sink)
+
+
+@contextmanager
+def _most_of_the_disk(workdir: Workdir, sink: EventSink) -> Iterator[None]:
+    """Two of them are more than there is."""
+    with Room(workdir, sink) as room:
+        room.reserve(DiskNeed(free_bytes(workdir.root) * 6 // 10, 0, 0, 0, 0, {}, 0))
+        sink.log(Entry("has room"))
+        yield
 
 
 def _tell(workdir: Workdir, sink: EventSink, ending: str) -> list[Artifact]:
@@ -98,7 +119,7 @@ def _run_out_of_memory(workdir: Workdir, sink: EventSink, attempts: int) -> None
         raise MemoryError("no room for 4 GiB")
 
 
-def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: TrainingControl) -> list[Artifact]:
+def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: TrainingControl) -> None:
     """Steps of a second, each with a row; leaves with a checkpoint, and succeeds after five steps."""
     done = max(complete_checkpoints(workdir.root / FOLDER), default=0)
     sink.log(Entry(f"from step {done}"))
@@ -113,7 +134,6 @@ def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: Train
         if control.leaving():
             _checkpoint(workdir, sink, step)
             control.check()
-    return []
 
 
 def _checkpoint(workdir: Workdir, sink: EventSink, step: int) -> None:
@@ -142,6 +162,9 @@ def export(later: LaterExport, workdir: Workdir, sink: EventSink, control: Contr
     sink.log(Entry("exporting", data={"pid": os.getpid()}))
     if word == "fail":
         raise ValueError("the export broke")
+    if word == "roomy":
+        with _most_of_the_disk(workdir, sink):
+            pass
     if word == "die":
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,8 +25,9 @@ def export_later(later: LaterExport, workdir: Workdir, sink: EventSink, control:
     Raises:
         JobFailure: `export_failed`, `out_of_disk` or `model_unavailable`.
         JobStopped: nothing half-written is left.
+        NoRoomYet: the disk has the room, and it is promised to others.
     """
-    with library_messages(sink), Room(workdir, sink, control) as room:
+    with library_messages(sink), Room(workdir, sink) as room:
         return _export(later, workdir, sink, control, room)
 
 

@@ -50,6 +50,7 @@ def run(
         JobFailure: with a code of the contract. Other exceptions may leave it too: `failures.explain` makes
             failures of them.
         JobStopped: `control` said so. No half-written artifact is left.
+        NoRoomYet: before it trained: the disk has the room, and it is promised to others.
     """
     sink.phase(Phase.PREPARING_DATA)
     # Before anything else loads a library of it: Unsloth has to come first.
@@ -57,7 +58,7 @@ def run(
     with (
         library_messages(sink),
         Ranks(plan, workdir, control) as ranks,
-        Room(workdir, sink, ranks) as room,
+        Room(workdir, sink) as room,
     ):
         return _run(spec, plan, workdir, sink, ranks, room)
 

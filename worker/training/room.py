@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Self
 
 from shared.disk import DiskNeed
-from shared.errors import JobFailure
-from shared.events import Control, Entry, EventSink
+from shared.errors import JobFailure, NoRoomYet
+from shared.events import Entry, EventSink
 from shared.lifecycle import FailureCode
 from worker.checkpoints import FOLDER, complete_checkpoints, discard
-from worker.reservations import Promise, Reservation, free_bytes, nearest, size_of
+from worker.reservations import RESERVED, Promise, Reservation, free_bytes, nearest, size_of
 from worker.training.checkpoints import read_checkpoint
 from worker.training.failures import DISK_ADVICE
 from worker.training.workdir import Workdir
 
 # The folders of an attempt that grow; its data and its tools' files are small, or there before it is counted.
 GROWING = (FOLDER, "adapter", "merged", "exports")
-POLL_SECONDS = 1.0
 WATCH_SECONDS = 30.0
 
 
@@ -48,12 +47,11 @@ class Room:
     up for it; only exports that would not fit end it.
     """
 
-    def __init__(self, workdir: Workdir, sink: EventSink, control: Control) -> None:
+    def __init__(self, workdir: Workdir, sink: EventSink) -> None:
         self._output = workdir.root / FOLDER
         self._workdir = workdir
         self._sink = sink
-        self._control = control
-        self._reservation = Reservation(workdir.cache / "reserved")
+        self._reservation = Reservation(workdir.cache / RESERVED)
         self._need: DiskNeed | None = None
         self._places: list[_Place] = []
         self._look_at = 0.0
@@ -66,40 +64,32 @@ class Room:
         self._reservation.close()
 
     def reserve(self, need: DiskNeed) -> None:
-        """Have the need promised; where other jobs have been promised the room, wait for them.
+        """Have the need promised.
 
         Raises:
             JobFailure: `out_of_disk`: so much is not free, whoever else is there.
-            JobStopped: while it waited.
+            NoRoomYet: it is free, and promised to other jobs.
         """
         self._need = need
         self._places = self._divide(need)
-        waits = False
-        while True:
-            self._control.check()
-            with self._reservation.alone():
-                short = next((p for p in self._places if p.needed > self._unpromised(p)), None)
-                if short is None:
-                    self._reservation.hold(Promise.of(p.needed, p.folders) for p in self._places)
-                    return
-            free = free_bytes(short.folders[0])
-            if short.needed > free:
-                raise JobFailure(
-                    FailureCode.OUT_OF_DISK,
-                    f"The job needs about {gigabytes(short.needed)} in the server's {short.name}, and "
-                    f"{gigabytes(free)} are free. At most there will be: {_parts(need)}.",
-                    DISK_ADVICE,
-                )
-            if not waits:
-                waits = True
-                self._sink.log(
-                    Entry(
-                        f"The job needs about {gigabytes(short.needed)} in the server's {short.name}. "
-                        f"{gigabytes(free)} are free, but promised to jobs that run: it waits for them.",
-                        level="warning",
-                    )
-                )
-            time.sleep(POLL_SECONDS)
+        with self._reservation.alone():
+            short = next((p for p in self._places if p.needed > self._unpromised(p)), None)
+            if short is None:
+                self._reservation.hold(Promise.of(p.needed, p.folders) for p in self._places)
+                return
+        free = free_bytes(short.folders[0])
+        if short.needed > free:
+            raise JobFailure(
+                FailureCode.OUT_OF_DISK,
+                f"The job needs about {gigabytes(short.needed)} in the server's {short.name}, and "
+                f"{gigabytes(free)} are free. At most there will be: {_parts(need)}.",
+                DISK_ADVICE,
+            )
+        raise NoRoomYet(
+            f"About {gigabytes(short.needed)} are needed in the server's {short.name}. {gigabytes(free)} are "
+            "free, but promised to jobs that run: it waits for them.",
+            {str(place.folders[0]): place.needed for place in self._places},
+        )
 
     def watch(self) -> None:
         """Say so as soon as the next checkpoint and the exports would not fit any more; for every step."""

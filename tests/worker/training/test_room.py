@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import pytest
 
 from shared.disk import DiskNeed, disk_need
-from shared.errors import JobFailure, JobStopped
-from shared.events import GoOn, MemorySink
+from shared.errors import JobFailure, NoRoomYet
+from shared.events import MemorySink
 from shared.lifecycle import FailureCode
-from tests.conftest import wait_for
-from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
+from tests.worker.training.samples import make_spec, new_workdir, run_job
 from tests.worker.training.test_resume import StepSink
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
+from worker.reservations import RESERVED, put_off, still_put_off
 from worker.training import room as room_module
 from worker.training.checkpoints import RECORD
 from worker.training.room import Room
@@ -40,7 +39,6 @@ class Disk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     found = Disk()
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(found.free, 0, found.free))
-    monkeypatch.setattr(room_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(room_module, "WATCH_SECONDS", 0.0)
     return found
 
@@ -57,12 +55,12 @@ class Attempts:
         self._folder = folder
         self.rooms: list[Room] = []
 
-    def new(self, control: Running | None = None) -> tuple[Room, MemorySink, Workdir]:
+    def new(self) -> tuple[Room, MemorySink, Workdir]:
         root = self._folder / f"attempt-{len(self.rooms)}"
         root.mkdir()
         workdir = Workdir(root=root, cache=self._folder / "cache", store=self._folder / "store" / root.name)
         sink = MemorySink()
-        self.rooms.append(Room(workdir, sink, control or GoOn()))
+        self.rooms.append(Room(workdir, sink))
         return self.rooms[-1], sink, workdir
 
 
@@ -102,46 +100,33 @@ def test_what_does_not_fit_names_what_is_needed_and_free(
     # With a store elsewhere, a finished file leaves the work folder before the next is made.
     bare = Workdir(root=workdir.root, cache=workdir.root)
     disk.free = need.work
-    with Room(bare, MemorySink(), GoOn()) as elsewhere:
+    with Room(bare, MemorySink()) as elsewhere:
         elsewhere.reserve(need)
 
 
-def test_two_jobs_never_count_the_same_room(attempts: Attempts, disk: Disk, need: DiskNeed) -> None:
+def test_two_jobs_never_count_the_same_room(
+    attempts: Attempts, disk: Disk, need: DiskNeed, tmp_path: Path
+) -> None:
     disk.free = 2 * need.total - 1
     first, *_ = attempts.new()
     first.reserve(need)
-    second, sink, _ = attempts.new()
-    waiting = threading.Thread(target=second.reserve, args=(need,))
-    waiting.start()
-    wait_for(lambda: sink.entries, 10)
-    assert "promised to jobs that run: it waits for them" in messages(sink)[0]
-    assert waiting.is_alive()
+    second, sink, workdir = attempts.new()
+    with pytest.raises(NoRoomYet, match="promised to jobs that run: it waits for them") as caught:
+        second.reserve(need)
+    assert list(caught.value.needs.values()) == [need.total]
+    reserved = workdir.cache / RESERVED
+    put_off(reserved, "ftjob-second", caught.value.needs)
+    assert still_put_off(reserved) == {"ftjob-second"}
+    # What has become too much for the disk itself fails at its next attempt.
+    disk.free = need.total - 1
+    assert still_put_off(reserved) == set()
+    disk.free = 2 * need.total - 1
     attempts.rooms.remove(first)
     with first:
         pass
-    waiting.join(10)
-    assert not waiting.is_alive()
-    assert len(sink.entries) == 1
-
-
-def test_a_job_that_waits_for_room_can_be_stopped(attempts: Attempts, disk: Disk, need: DiskNeed) -> None:
-    disk.free = need.total
-    attempts.new()[0].reserve(need)
-    control = Running()
-    waits, sink, _ = attempts.new(control)
-    ended: list[str] = []
-
-    def wait() -> None:
-        with pytest.raises(JobStopped):
-            waits.reserve(need)
-        ended.append("stopped")
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    wait_for(lambda: sink.entries, 10)
-    control.stop = True
-    waiting.join(10)
-    assert ended == ["stopped"]
+    assert still_put_off(reserved) == set()
+    second.reserve(need)
+    assert sink.entries == []
 
 
 def test_a_disk_that_fills_up_is_told_of_once_and_so_is_its_end(

@@ -34,6 +34,7 @@ def check_exports(
 
     Raises:
         JobFailure: `export_failed` or `out_of_disk`.
+        NoRoomYet: the room is promised to others.
     """
     base = open_base(model)
     if any(kind != "adapter" for kind in spec.exports):
