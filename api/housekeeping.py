@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from api.context import Context
 from api.services.audit import prune
-from api.services.v1.uploads import sweep
+from shared.expired import remove_expired
 from shared.leftovers import leftovers
 from shared.settings import Settings
 
@@ -35,12 +35,17 @@ async def _run(context: Context) -> None:
     while True:
         try:
             await to_thread.run_sync(_remove_leftovers, context.settings)
-            await to_thread.run_sync(sweep, context)
+            await to_thread.run_sync(_remove_expired, context)
             await to_thread.run_sync(prune, context)
         except Exception:
             # The boundary of this task: what the database or the store refuse now, they may take in a minute.
             logger.exception("Could not tidy up")
         await asyncio.sleep(EVERY_SECONDS)
+
+
+def _remove_expired(context: Context) -> None:
+    for gone in remove_expired(context.database, context.store):
+        logger.info("Removed %s: %s of %s, %d bytes", gone.what, gone.id, gone.owner, gone.bytes)
 
 
 def _remove_leftovers(settings: Settings) -> None:

@@ -58,7 +58,10 @@ def main() -> None:
         app()
     except ValidationError as error:
         # Settings: the only pydantic model that a command builds from what its user wrote.
-        wrong = (f"TUNEYARD_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        wrong = (
+            f"TUNEYARD_{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
         _fail("; ".join(wrong))
     except SQLAlchemyError as error:
         _fail(f"The database can't be used: {str(error).splitlines()[0]}")

@@ -9,13 +9,15 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import TuneyardError
 
 # A unix socket's address holds 107 bytes and a NUL.
 MAX_SOCKET_PATH = 107
+# A lease lasts for so many looks of a worker into the database at the least.
+LEASE_POLLS = 4
 # Which engines' stacks are kept imported: that of the last job, none, or those named.
 STANDBY = r"^(auto|off|(reference|compiled|unsloth)(,(reference|compiled|unsloth)){0,2})$"
 
@@ -87,12 +89,21 @@ class Settings(BaseSettings):
 
     preemption: bool = False
 
-    lease_seconds: Annotated[float, Field(gt=0)] = 30
     poll_seconds: Annotated[float, Field(gt=0)] = 2
+    lease_seconds: Annotated[float, Field(ge=2, validate_default=True)] = 30
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5
     checkpoint_grace_seconds: Annotated[float, Field(gt=0)] = 60
     retry_seconds: Annotated[float, Field(ge=0)] = 10
     max_losses: Annotated[int, Field(ge=1)] = 3
+
+    @field_validator("lease_seconds")
+    @classmethod
+    def _outlasts_a_look(cls, lease: float, info: ValidationInfo) -> float:
+        # One that slept for half a lease takes it that the whole machine did, and takes nothing for lost.
+        poll = info.data.get("poll_seconds", 0)
+        if lease < LEASE_POLLS * poll:
+            raise ValueError(f"must be at least {LEASE_POLLS} times TUNEYARD_POLL_SECONDS, which is {poll:g}")
+        return lease
 
     @property
     def root(self) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from shared.clock import utcnow
 from shared.database import Database
+from shared.expired import remove_expired
 from shared.ids import JOB_ID
 from shared.leftovers import leftovers
 from shared.lifecycle import TERMINAL
@@ -64,6 +65,7 @@ def collect(
         *_collect_checkpoints(database, settings, dry_run=dry_run),
         *_collect_models(database, store, settings, dry_run=dry_run),
         *_cut_logs(database, settings, dry_run=dry_run),
+        *_collect_expired(database, store, dry_run=dry_run),
         *_collect_leftovers(settings, dry_run=dry_run),
         *collect_caches(database, settings, dry_run=dry_run),
         *_collect_strays(database, store, dry_run=dry_run, force=force),
@@ -181,6 +183,11 @@ def _cut_logs(database: Database, settings: Settings, *, dry_run: bool) -> Itera
                 if not retention.cut_log(session, job_id, keep, why):
                     continue
         yield Removed("log entries", job_id, why, 0)
+
+
+def _collect_expired(database: Database, store: Store, *, dry_run: bool) -> Iterator[Removed]:
+    for gone in remove_expired(database, store, dry_run=dry_run):
+        yield Removed(gone.what, None, f"{gone.id} of {gone.owner}", gone.bytes)
 
 
 def _collect_leftovers(settings: Settings, *, dry_run: bool) -> Iterator[Removed]:

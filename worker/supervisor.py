@@ -120,7 +120,8 @@ class Supervisor:
     def tick(self) -> None:
         """One look at everything: children, requests, lost leases, free slots."""
         now = time.monotonic()
-        if now - self._seen >= SEEN_SECONDS:
+        # Whoever is silent for a lease is taken to be gone.
+        if now - self._seen >= min(SEEN_SECONDS, self._settings.lease_seconds / 4):
             self._show_up()
             self._seen = now
         self._reap()

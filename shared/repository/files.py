@@ -174,17 +174,13 @@ def delete_file(session: Session, row: DatasetRow) -> str:
     return row.key
 
 
-def delete_expired(session: Session) -> list[str]:
-    """Delete the rows of files whose time is over, unless a job that has not ended needs them.
-
-    Returns:
-        their store keys, to be deleted after the commit.
-    """
+def expired(session: Session) -> list[DatasetRow]:
+    """Files whose time is over and that no job needs which has not ended, locked; by owner, for deleting one
+    locks its owner too."""
     expired = select(DatasetRow).where(col(DatasetRow.expires_at) <= utcnow())
     rows = list(session.exec(expired.with_for_update(skip_locked=True)))
-    # Counting locks owners, so in an order; in the query's, SQLite would go through an index of all files.
-    rows.sort(key=lambda row: row.owner)
-    return [delete_file(session, row) for row in rows if _is_over(session, row)]
+    # In the query's order, SQLite would go through an index of all files.
+    return sorted((row for row in rows if _is_over(session, row)), key=lambda row: row.owner)
 
 
 def results_of(session: Session, job_ids: Collection[str]) -> dict[str, list[str]]:

@@ -43,7 +43,7 @@ def open_upload(session: Session, upload_id: str, owner: str | None) -> UploadRo
 
 def upload_status(row: UploadRow) -> str:
     """pending, completed, cancelled or expired."""
-    if row.status not in (PENDING, COMPLETING):
+    if not is_unfinished(row):
         return row.status
     return PENDING if row.expires_at > utcnow() else "expired"
 
@@ -96,11 +96,19 @@ def forget_parts(session: Session, upload_id: str) -> list[str]:
     return keys
 
 
-def delete_expired(session: Session) -> list[str]:
-    """Delete uploads that are over their time, whatever became of them; returns their parts' store keys."""
-    keys = []
-    expired = select(UploadRow).where(col(UploadRow.expires_at) <= utcnow()).with_for_update(skip_locked=True)
-    for row in session.exec(expired):
-        keys += forget_parts(session, row.id)
-        session.delete(row)
+def expired(session: Session) -> list[UploadRow]:
+    """Uploads that are over their time, whatever became of them, locked."""
+    statement = select(UploadRow).where(col(UploadRow.expires_at) <= utcnow())
+    return list(session.exec(statement.with_for_update(skip_locked=True)))
+
+
+def is_unfinished(upload: UploadRow) -> bool:
+    """Whether it was neither completed nor cancelled."""
+    return upload.status in (PENDING, COMPLETING)
+
+
+def delete_upload(session: Session, upload: UploadRow) -> list[str]:
+    """Delete its row and its parts'; returns their store keys, to be deleted after the commit."""
+    keys = forget_parts(session, upload.id)
+    session.delete(upload)
     return keys

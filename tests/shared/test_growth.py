@@ -122,7 +122,7 @@ def datasets(session: Session, _: Population, __: Size) -> None:
         assert files.list_datasets(session, owner, Page()) == ([], False)
         assert len(files.list_files(session, owner, Page(limit=3), None)[0]) == 3
     assert not jobs.uses_dataset(session, "file-none")
-    assert not files.delete_expired(session)
+    assert not files.expired(session)
     audit.list_entries(session, OWNER, None, 3)
     audit.list_entries(session, None, None, 3)
 
@@ -134,6 +134,8 @@ def of_jobs(session: Session, population: Population, _: Size) -> None:
     exports.exports_of(session, ids)
     files.results_of(session, ids)
     assert retention.lock_unused(session, ids[0])
+    keys = [f"{kind}/{job_id}/token/file" for job_id in ids for kind in ("jobs", "results")]
+    assert not retention.known_keys(session, [*keys, "datasets/file-none/data", "uploads/upload-none/part"])
 
 
 WORK: dict[str, Callable[[Session, Population, Size], None]] = {

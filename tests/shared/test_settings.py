@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from shared.errors import TuneyardError
 from shared.settings import MAX_SOCKET_PATH, Settings, ensure_private_dir, matches
@@ -15,6 +16,25 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("TUNEYARD_PORT", "9000")
     settings = Settings()
     assert (settings.root, settings.max_samples, settings.port) == (tmp_path, 7, 9000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"lease_seconds": 1}, "greater than or equal to 2"),
+        ({"lease_seconds": 7}, "at least 4 times TUNEYARD_POLL_SECONDS, which is 2"),
+        ({"poll_seconds": 10}, "which is 10"),
+        ({"lease_seconds": 8}, None),
+        ({"lease_seconds": 2, "poll_seconds": 0.5}, None),
+    ],
+)
+def test_a_lease_outlasts_some_looks(settings: dict[str, float], refused: str | None) -> None:
+    if refused is None:
+        assert Settings.model_validate(settings)
+        return
+    with pytest.raises(ValidationError, match=refused) as caught:
+        Settings.model_validate(settings)
+    assert caught.value.errors()[0]["loc"] == ("lease_seconds",)
 
 
 def test_defaults_are_a_folder_sqlite_and_an_embedded_valkey(tmp_path: Path) -> None:

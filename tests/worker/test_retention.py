@@ -16,7 +16,7 @@ from shared.lifecycle import JobStatus
 from shared.repository import exports, files, jobs, logs, owners
 from shared.settings import Settings
 from shared.storage import Store
-from shared.tables import ArtifactRow
+from shared.tables import ArtifactRow, DatasetRow, UploadPartRow, UploadRow
 from tests.samples import add_dataset, make_job
 from worker import retention
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
@@ -219,6 +219,48 @@ def test_what_a_killed_upload_left_goes_after_some_hours(
     (removed,) = run(database, store, settings, keep_unfinished_hours=24)
     assert (removed.what, removed.why, removed.bytes) == ("unfinished uploads", "old", 9)
     assert [path.name for path in folder.iterdir()] == ["young"]
+
+
+def test_what_is_over_its_time_is_shown_before_it_goes(
+    database: Database, settings: Settings, store: Store, tmp_path: Path
+) -> None:
+    over, later = utcnow() - timedelta(seconds=1), utcnow() + timedelta(hours=1)
+    for upload_id, status, end in (
+        ("upload_over", "pending", over),
+        ("upload_done", "completed", over),
+        ("upload_open", "pending", later),
+    ):
+        upload = UploadRow(
+            id=upload_id, owner="ann", filename="r", bytes=99, mime_type="", purpose="fine-tune",
+            status=status, expires_at=end,
+        )  # fmt: skip
+        part = UploadPartRow(
+            id=f"part_{upload_id}",
+            upload_id=upload_id,
+            bytes=10,
+            key=put(store, tmp_path, f"uploads/{upload_id}/part"),
+        )
+        with database.write() as session:
+            session.add(upload)
+            session.flush()
+            if status == "pending":
+                session.add(part)
+    ids = {}
+    for name, end in (("file over", over), ("file later", later)):
+        (tmp_path / name).write_bytes(b"{}")
+        ids[name] = add_dataset(database, settings, tmp_path / name)
+        with database.write() as session:
+            row = session.get(DatasetRow, ids[name])
+            assert row is not None
+            row.expires_at = end
+    assert [(r.what, r.why, r.bytes) for r in run(database, store, settings)] == [
+        ("files over their time", f"{ids['file over']} of ann", 2),
+        ("unfinished uploads", "upload_over of ann", 10),
+    ]
+    with database.read() as session:
+        left = [session.get(UploadRow, key) for key in ("upload_over", "upload_done", "upload_open")]
+        assert [row.id for row in left if row] == ["upload_open"]
+    assert not any(file.name.startswith("uploads/upload_over") for file in store.list_files())
 
 
 def test_files_without_a_row_go_after_a_day(

@@ -21,7 +21,7 @@ from api.services.v1.files import LIFETIMES, PURPOSES, purpose_of
 from shared.clock import utcnow
 from shared.errors import InvalidRequest, QuotaExceeded, TooLarge
 from shared.ids import new_dataset_id, new_part_id, new_upload_id
-from shared.repository import files, owners, uploads
+from shared.repository import owners, uploads
 from shared.repository.uploads import COMPLETING, PENDING
 from shared.tables import DatasetRow, UploadPartRow, UploadRow
 
@@ -160,13 +160,6 @@ def cancel(context: Context, caller: Caller, upload_id: str) -> UploadV1:
         keys = uploads.forget_parts(session, upload_id)
     _delete(context, keys)
     return UploadV1.of(row)
-
-
-def sweep(context: Context) -> None:
-    """Delete files and uploads whose time is over."""
-    with context.database.write() as session:
-        keys = files.delete_expired(session) + uploads.delete_expired(session)
-    _delete(context, keys)
 
 
 def _room(context: Context, caller: Caller, upload_id: str) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from api.services.v1 import uploads
 from shared.clock import utcnow
+from shared.expired import remove_expired
 from shared.tables import DatasetRow, UploadRow
 from tests.api.conftest import GOOD_ROW, SPEC, Api, error_of
 from tests.api.routes.test_queue import use_settings
@@ -104,13 +105,13 @@ async def test_a_file_whose_time_is_over_is_gone(api: Api) -> None:
         key = row.key
     used = await api.create(dataset={"source": "file", "file_id": file["id"]})
     age(api, DatasetRow, file["id"])
-    uploads.sweep(api.context)
+    remove_expired(api.context.database, api.context.store)
     # A job that waits needs it.
     assert (await api.ann.get(f"/v1/files/{file['id']}")).status_code == 200
     await api.ann.post(f"/jobs/{used}/cancel")
     error_of(await api.ann.get(f"/v1/files/{file['id']}"), 404)
     error_of(await api.ann.get(f"/datasets/{file['id']}"), 404)
-    uploads.sweep(api.context)
+    remove_expired(api.context.database, api.context.store)
     assert [row["id"] for row in (await api.ann.get("/v1/files")).json()["data"]] == [kept["id"]]
     with pytest.raises(FileNotFoundError):
         list(api.context.store.read(key, 0, 1))
@@ -203,7 +204,7 @@ async def test_an_upload_whose_time_is_over_goes_with_its_parts(api: Api) -> Non
     age(api, UploadRow, upload_id)
     answer = await api.ann.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": [part_id]})
     assert "expired" in error_of(answer, 409)["message"]
-    uploads.sweep(api.context)
+    remove_expired(api.context.database, api.context.store)
     assert not kept.exists()
     error_of(await api.ann.post(f"/v1/uploads/{upload_id}/cancel"), 404)
 
