@@ -107,7 +107,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gradients, kept = ctx.saved_tensors
         scattered = gradients.new_zeros(ctx.shape)
-        scattered[kept] = gradients * outputs[0].to(gradients.dtype)
+        # The factor in float32: rounded to bfloat16 it would move every gradient by up to 0.4%, all one way.
+        scattered[kept] = (gradients.float() * outputs[0]).to(gradients.dtype)
         return scattered, None, None, None
 
 
