@@ -1,10 +1,12 @@
 # Everything runs in .venv, made on first use; nothing else has to be installed.
 PYTHON ?= python3
-# Of `make chaos`: how long, from which seed, with how many workers, and how many jobs that are trained for real.
+# Of `make chaos`: how long, from which seed, with how many workers, how many jobs that are trained for real, and
+# on which database (sqlite or postgresql).
 MINUTES ?= 10
 SEED ?= 7
 WORKERS ?= 2
 REAL ?= 3
+DATABASE ?= sqlite
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -45,7 +47,7 @@ lint: install
 	$(BIN)/mypy
 
 chaos: install
-	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) --real $(REAL)
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --workers $(WORKERS) --real $(REAL) --database $(DATABASE)
 
 bench: install
 	$(BIN)/python -m bench.service

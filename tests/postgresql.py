@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -73,8 +74,14 @@ class PostgreSQL:
         """End it at once, without a word to its clients; what was committed is there after the next start."""
         self._pg_ctl("stop", "-m", "immediate")
 
+    @property
+    def pid(self) -> int:
+        """Of the process that has started all others of it."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def close(self) -> None:
-        self.kill()
+        with suppress(subprocess.CalledProcessError):  # It may be down already.
+            self.kill()
         shutil.rmtree(self.folder)
 
     def _say(self, statement: str) -> None:

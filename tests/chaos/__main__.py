@@ -1,4 +1,4 @@
-"""Fault tests: `python -m tests.chaos [--minutes N] [--seed S] [--workers W] [--real JOBS]`, or `make chaos`.
+"""Fault tests: `python -m tests.chaos`, or `make chaos`.
 
 Runs a cluster under a schedule of faults that the seed makes, then checks what must hold and prints a report.
 Ends with 1 if anything is broken, and then keeps the folder of the run.
@@ -7,6 +7,7 @@ Ends with 1 if anything is broken, and then keeps the folder of the run.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from tests.chaos.disk import enter_namespace, mount_small_disk
 from tests.chaos.protocol import Bounds, Explored, Guards, explore
 from tests.chaos.real import make_models
 from tests.chaos.run import Plan, Report, run
+from tests.postgresql import MISSING, find_program
 
 DISK_MEGABYTES = 192
 MEGABYTES_A_MINUTE = 20
@@ -38,8 +40,13 @@ def main() -> int:
     parser.add_argument("--real", type=int, default=0, help="so many jobs are trained for real")
     parser.add_argument("--short", action="store_true", help="the form that `make test` runs")
     parser.add_argument("--keep", action="store_true", help="keep the run's folder also if nothing is broken")
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     given = parser.parse_args()
-    enter_namespace()
+    if given.database == "postgresql" and find_program("pg_ctl") is None:
+        parser.error(MISSING)
+    if given.database == "sqlite" or os.getuid() == 0:
+        # In a user's own namespace PostgreSQL takes that user for root, whom it refuses.
+        enter_namespace()
     # So that whoever stops it finds no process of it left.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     explored = [] if given.short else [explore(bounds, Guards()) for bounds in MODELS]
@@ -85,17 +92,19 @@ def _plan(given: argparse.Namespace, folder: Path, *, small_disk: bool) -> Plan:
         planned=planned,
         real=given.real,
         models=make_models(folder / "models") if given.real else None,
+        postgresql=given.database == "postgresql",
     )
 
 
 def _print(plan: Plan, report: Report, explored: list[Explored]) -> None:
+    kind = "PostgreSQL" if plan.postgresql else "SQLite"
     table = Table(
-        title=f"Chaos: seed {plan.seed}, {plan.workers} workers, {report.seconds:.0f} s", min_width=60
+        title=f"Chaos: seed {plan.seed}, {plan.workers} workers, {kind}, {report.seconds:.0f} s", min_width=60
     )
     table.add_column("what")
     table.add_column("count", justify="right")
-    for kind, count in report.faults.items():
-        table.add_row(f"fault: {kind}", str(count))
+    for fault, count in report.faults.items():
+        table.add_row(f"fault: {fault}", str(count))
     if not plan.small_disk:
         table.add_row("fault: disk full", "skipped: this machine lets nobody mount a small disk")
     jobs = report.jobs

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -22,14 +21,17 @@ from typing import BinaryIO
 
 import httpx
 import psutil
+from sqlalchemy.exc import DBAPIError
 
 from shared.database import Database
 from shared.errors import TuneyardError
-from shared.repository import keys
+from shared.lifecycle import JobStatus
+from shared.repository import keys, leases
 from shared.settings import Settings
 from shared.valkey import EmbeddedValkey
 from tests.chaos.child import FROZEN
 from tests.chaos.history import record_history
+from tests.postgresql import PostgreSQL
 
 # A process renews its lease only once it has been started, which takes long on a machine that has much to do.
 LEASE_STARTS = 3
@@ -86,6 +88,8 @@ class Cluster:
     max_losses: int
     random: Random
     models: Path | None = None
+    # The database's server; without one it is a SQLite file.
+    server: PostgreSQL | None = None
     parts: list[Part] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
     # Jobs whose processes froze themselves at a chosen point, or else those processes.
@@ -98,9 +102,11 @@ class Cluster:
         self.aside.mkdir(parents=True, exist_ok=True)
         count = -(-self.workers // 2)
         self.boxes = [self.root, *(self.root / f"box-{number}" for number in range(1, count))]
-        self.settings = Settings(data_dir=self.root)
+        database_url = self.server.create() if self.server else None
+        self.settings = Settings(data_dir=self.root, database_url=database_url)
         self.valkey = EmbeddedValkey(self.settings.valkey_socket(), self.root / "valkey")
         self._valkey_after = self._notice_after = 0.0
+        self._server_after: float | None = None
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._logs: list[BinaryIO] = []
@@ -115,7 +121,7 @@ class Cluster:
         """Start everything and wait for the API; the owners' keys by name."""
         database = Database(self.settings.database())
         database.migrate()
-        record_history(self.root / "tuneyard.db")
+        record_history(database)
         with database.write() as session:
             found = {owner: keys.create_key(session, owner, admin=False) for owner in owners}
         database.close()
@@ -154,6 +160,8 @@ class Cluster:
             self._valkey_after = now + 1
             with contextlib.suppress(TuneyardError, OSError):
                 self.valkey.start()
+        if self._server_after is not None and now >= self._server_after:
+            self.restore_database()
         if now >= self._notice_after:
             # Reads all of /proc: not at every look.
             self._notice_after = now + NOTICE_SECONDS
@@ -194,6 +202,19 @@ class Cluster:
         if wipe:
             shutil.rmtree(self.root / "valkey", ignore_errors=True)
 
+    def kill_database(self) -> bool:
+        """Whether there was a server to kill."""
+        if self.server is None or self._server_after is not None:
+            return False
+        self.server.kill()
+        self._server_after = time.monotonic() + self.random.uniform(0, 3)
+        return True
+
+    def restore_database(self) -> None:
+        if self.server is not None and self._server_after is not None:
+            self._server_after = None
+            self.server.start()
+
     def stop(self) -> list[str]:
         """Stop everything as an operator does; what did not stop cleanly."""
         self.wake_all()
@@ -215,10 +236,16 @@ class Cluster:
         return late
 
     def end(self) -> None:
-        """Leave no process behind, whatever happened."""
+        """Leave no process behind, whatever happened, but the database's server."""
+        spared: set[int] = set()
+        with contextlib.suppress(psutil.Error, FileNotFoundError):
+            if self.server:
+                server = psutil.Process(self.server.pid)
+                spared = {server.pid, *(process.pid for process in server.children(recursive=True))}
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                if process.pid not in spared:
+                    process.kill()
         for part in self.parts:
             if part.process is not None:
                 part.process.wait()
@@ -296,12 +323,17 @@ class Cluster:
         waiting = [f for f in self.frozen if f.job and f.wake_at > time.monotonic() + self.lease_seconds]
         if not waiting:
             return
-        with contextlib.closing(sqlite3.connect(self.root / "tuneyard.db")) as connection:
-            for frozen in waiting:
-                statement = "SELECT 1 FROM job WHERE id = ? AND (lease_token = ? OR status = 'queued')"
-                if connection.execute(statement, (frozen.job, frozen.token)).fetchone() is None:
-                    delay = self.random.uniform(0, 1) + (0 if frozen.is_child else 1.5)
-                    frozen.wake_at = time.monotonic() + delay
+        with contextlib.closing(Database(self.settings.database())) as database:
+            try:
+                with database.read() as session:
+                    holders = leases.holders(session, [frozen.job for frozen in waiting])
+            except DBAPIError:
+                return  # It is away just now.
+        for frozen in waiting:
+            held = holders.get(frozen.job)
+            if held is None or (held.token != frozen.token and held.status != JobStatus.QUEUED):
+                delay = self.random.uniform(0, 1) + (0 if frozen.is_child else 1.5)
+                frozen.wake_at = time.monotonic() + delay
 
     def _wake(self, frozen: Frozen) -> None:
         self.frozen.remove(frozen)

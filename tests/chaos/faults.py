@@ -39,6 +39,7 @@ class Faults:
 
     def kinds(self) -> list[str]:
         found = [name for name in KINDS if name != "disk full" or self.small_disk]
+        found = [name for name in found if name != "kill database" or self.cluster.server]
         return [name for name in found if name != "cut off" or self.cluster.workers > 1]
 
     def inject(self, kind: str) -> bool:
@@ -77,6 +78,10 @@ class Faults:
     def kill_valkey(self) -> bool:
         self.cluster.kill_valkey(wipe=False)
         return True
+
+    def kill_database(self) -> bool:
+        """A server of its own, without a word to its clients, and back within seconds."""
+        return self.cluster.kill_database()
 
     def lose_valkey(self) -> bool:
         """With all that it had on the disk."""
@@ -176,6 +181,7 @@ KINDS: dict[str, Callable[[Faults], bool]] = {
     "kill worker": Faults.kill_worker,
     "kill API": Faults.kill_api,
     "kill Valkey": Faults.kill_valkey,
+    "kill database": Faults.kill_database,
     "stop worker": Faults.stop_worker,
     "freeze child": Faults.freeze_child,
     "freeze worker": Faults.freeze_worker,

@@ -1,19 +1,21 @@
 """What happened, in the order in which it was committed: triggers in the database under test write it down.
 
 Tuneyard itself keeps no record of who held which lease when, nor of which attempt wrote what. SQLite's
-writers come one after the other, so the triggers' ids are the order of commits.
+writers come one after the other, so the triggers' ids are the order of commits. PostgreSQL's do so for each
+job: whoever writes for it has its row locked until the commit.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+
+from sqlalchemy import text
+
+from shared.database import Database
 
 _TABLE = """
-CREATE TABLE IF NOT EXISTS chaos_history (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
+CREATE TABLE chaos_history (
+    id {number},
     what TEXT NOT NULL,
     job_id TEXT NOT NULL,
     status TEXT,
@@ -23,73 +25,128 @@ CREATE TABLE IF NOT EXISTS chaos_history (
     detail TEXT
 )
 """
+_NUMBER = {
+    "sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT",
+    "postgresql": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
+}
 # The tokens that hold a lease on the job, or on an export of it, at the moment of the write.
 _HOLDERS = """
     (SELECT coalesce(lease_token, '') FROM job WHERE id = {job})
-    || ' ' || coalesce((SELECT group_concat(lease_token, ' ') FROM export_task
+    || ' ' || coalesce((SELECT {concat}(lease_token, ' ') FROM export_task
                         WHERE job_id = {job} AND status = 'running'), '')
 """
-_JOB = "(SELECT status FROM job WHERE id = {job}), (SELECT attempt FROM job WHERE id = {job})"
+_CONCAT = {"sqlite": "group_concat", "postgresql": "string_agg"}
+_INSERT = """
+    INSERT INTO chaos_history (what, job_id, status, attempt, holders, told, detail)
+    VALUES ('{what}', {job}, (SELECT status FROM job WHERE id = {job}),
+            (SELECT attempt FROM job WHERE id = {job}), {holders}, {told}, {detail});
+"""
+_TRIGGER = {
+    "sqlite": "CREATE TRIGGER chaos_{name} {event} WHEN {when} BEGIN {insert} END",
+    "postgresql": """
+        CREATE FUNCTION chaos_{name}() RETURNS trigger LANGUAGE plpgsql AS $body$
+        BEGIN {insert} RETURN NULL; END $body$;
+        CREATE TRIGGER chaos_{name} {event} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION chaos_{name}();
+    """,
+}
 
 
-def _trigger(name: str, event: str, what: str, job: str, told: str, detail: str, when: str = "1") -> str:
-    return f"""
-    CREATE TRIGGER IF NOT EXISTS chaos_{name} AFTER {event} WHEN {when} BEGIN
-        INSERT INTO chaos_history (what, job_id, status, attempt, holders, told, detail)
-        VALUES ('{what}', {job}, {_JOB.format(job=job)}, {_HOLDERS.format(job=job)}, {told}, {detail});
-    END
-    """  # noqa: S608 - constants of this file
+def _json(column: str, name: str) -> dict[str, str]:
+    return {
+        "sqlite": f"json_extract(NEW.{column}, '$.{name}')",
+        "postgresql": f"(NEW.{column} ->> '{name}')",
+    }
 
 
-_CHANGED = "OLD.status IS NOT NEW.status OR OLD.lease_token IS NOT NEW.lease_token"
+def _plain(expression: str) -> dict[str, str]:
+    return dict.fromkeys(_NUMBER, expression)
+
+
+def _changes(*columns: str) -> dict[str, str]:
+    return {
+        "sqlite": " OR ".join(f"OLD.{c} IS NOT NEW.{c}" for c in columns),
+        "postgresql": " OR ".join(f"OLD.{c}::text IS DISTINCT FROM NEW.{c}::text" for c in columns),
+    }
+
+
+@dataclass(frozen=True)
+class _Trigger:
+    """One write that leaves a row: the expressions, by dialect where they differ."""
+
+    name: str
+    event: str
+    what: str
+    job: str
+    told: dict[str, str]
+    detail: str
+    when: dict[str, str]
+
+    def statement(self, dialect: str) -> str:
+        holders = _HOLDERS.format(job=self.job, concat=_CONCAT[dialect])
+        insert = _INSERT.format(
+            what=self.what, job=self.job, holders=holders, told=self.told[dialect], detail=self.detail
+        )
+        return _TRIGGER[dialect].format(
+            name=self.name, event=self.event, when=self.when[dialect], insert=insert
+        )
+
+
+_ALWAYS = _plain("1 = 1")
 _NUMBERED = "(SELECT id FROM job WHERE number = NEW.job_number)"
+_LEASED = _changes("status", "lease_token")
+
+
+def _either(table: str, what: str, job: str, told: dict[str, str], detail: str) -> list[_Trigger]:
+    """A row of the table is written, or written again."""
+    return [
+        _Trigger(f"{what}_{number}", f"AFTER {event} ON {table}", what, job, told, detail, _ALWAYS)
+        for number, event in enumerate(("INSERT", "UPDATE"))
+    ]
+
+
 _TRIGGERS = [
-    _trigger("made", "INSERT ON job", "job", "NEW.id", "NULL", "NULL"),
-    _trigger("changed", "UPDATE ON job", "job", "NEW.id", "NULL", "NEW.worker", _CHANGED),
-    f"""
-    CREATE TRIGGER IF NOT EXISTS chaos_deleted BEFORE DELETE ON job BEGIN
-        INSERT INTO chaos_history (what, job_id, status, attempt, holders)
-        VALUES ('deleted', OLD.id, OLD.status, OLD.attempt, {_HOLDERS.format(job="OLD.id")});
-    END
-    """,  # noqa: S608 - as above
-    _trigger(
-        "entry", "INSERT ON log_entry", "entry", _NUMBERED, "json_extract(NEW.data, '$.token')", "NEW.seq"
+    _Trigger("made", "AFTER INSERT ON job", "job", "NEW.id", _plain("NULL"), "NULL", _ALWAYS),
+    _Trigger("changed", "AFTER UPDATE ON job", "job", "NEW.id", _plain("NULL"), "NEW.worker", _LEASED),
+    _Trigger(
+        "report", "AFTER UPDATE ON job", "report", "NEW.id", _json("data_report", "token"), "NULL",
+        _changes("data_report"),
     ),
-    _trigger("artifact", "INSERT ON artifact", "artifact", "NEW.job_id", "NEW.key", "NEW.name"),
-    _trigger(
-        "metric", "INSERT ON metric", "metric", _NUMBERED, "json_extract(NEW.\"values\", '$.attempt')",
-        "NEW.step",
+    _Trigger(
+        "entry", "AFTER INSERT ON log_entry", "entry", _NUMBERED, _json("data", "token"), "NEW.seq", _ALWAYS
     ),
-    _trigger(
-        "metric_again", "UPDATE ON metric", "metric", _NUMBERED,
-        "json_extract(NEW.\"values\", '$.attempt')", "NEW.step",
+    _Trigger(
+        "artifact", "AFTER INSERT ON artifact", "artifact", "NEW.job_id", _plain("NEW.key"), "NEW.name",
+        _ALWAYS,
     ),
-    _trigger(
-        "checkpoint", "INSERT ON checkpoint", "checkpoint", "NEW.job_id",
-        "json_extract(NEW.metrics, '$.attempt')", "NEW.step",
+    *_either("metric", "metric", _NUMBERED, _json('"values"', "attempt"), "NEW.step"),
+    *_either("checkpoint", "checkpoint", "NEW.job_id", _json("metrics", "attempt"), "NEW.step"),
+    _Trigger(
+        "results", "AFTER INSERT ON dataset", "results", "NEW.job_id", _plain("NEW.key"), "NEW.id",
+        _plain("NEW.job_id IS NOT NULL"),
     ),
-    _trigger(
-        "checkpoint_again", "UPDATE ON checkpoint", "checkpoint", "NEW.job_id",
-        "json_extract(NEW.metrics, '$.attempt')", "NEW.step",
+    _Trigger(
+        "export_made", "AFTER INSERT ON export_task", "export", "NEW.job_id", _plain("NEW.status"), "NEW.id",
+        _ALWAYS,
     ),
-    _trigger(
-        "results", "INSERT ON dataset", "results", "NEW.job_id", "NEW.key", "NEW.id", "NEW.job_id IS NOT NULL"
-    ),
-    _trigger("export_made", "INSERT ON export_task", "export", "NEW.job_id", "NEW.status", "NEW.id"),
-    _trigger(
-        "export_changed", "UPDATE ON export_task", "export", "NEW.job_id", "NEW.status", "NEW.id",
-        _CHANGED,
+    _Trigger(
+        "export_changed", "AFTER UPDATE ON export_task", "export", "NEW.job_id", _plain("NEW.status"),
+        "NEW.id", _LEASED,
     ),
 ]  # fmt: skip
+# After it there is no row to look into.
+_DELETED = """
+    INSERT INTO chaos_history (what, job_id, status, attempt, holders)
+    VALUES ('deleted', OLD.id, OLD.status, OLD.attempt, coalesce(OLD.lease_token, ''));
+"""
 
 
 @dataclass(frozen=True)
 class Event:
     """One write. `status`, `attempt` and `holders` are the job's at that moment.
 
-    `told` is what the write says of its writer: the token in an entry's data, the attempt in a metric's or a
-    checkpoint's row, the key of an artifact or of results (which holds the token), an export's status.
-    `detail` is what was written: a worker's name, a seq, an artifact's name, a step, an export's id.
+    `told` is what the write says of its writer: the token in an entry's data or a report, the attempt in a
+    metric's or a checkpoint's row, the key of an artifact or of results (which holds the token), an export's
+    status. `detail` is what was written: a worker's name, a seq, an artifact's name, a step, an export's id.
     """
 
     id: int
@@ -102,19 +159,24 @@ class Event:
     detail: str | None
 
 
-def record_history(database: Path) -> None:
+def record_history(database: Database) -> None:
     """Make every later write leave a row."""
-    with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute(_TABLE)
-        for trigger in _TRIGGERS:
-            connection.execute(trigger)
+    dialect = database.engine.dialect.name
+    deleted = _TRIGGER[dialect].format(
+        name="deleted", event="AFTER DELETE ON job", when="1 = 1", insert=_DELETED
+    )
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(_TABLE.format(number=_NUMBER[dialect]))
+        for statement in (*(trigger.statement(dialect) for trigger in _TRIGGERS), deleted):
+            connection.exec_driver_sql(statement)
 
 
-def read_history(database: Path) -> list[Event]:
-    with closing(sqlite3.connect(database)) as connection:
-        rows = connection.execute(
-            "SELECT id, what, job_id, status, attempt, holders, told, detail FROM chaos_history ORDER BY id"
-        ).fetchall()
+def read_history(database: Database) -> list[Event]:
+    statement = (
+        "SELECT id, what, job_id, status, attempt, holders, told, detail FROM chaos_history ORDER BY id"
+    )
+    with database.read() as session:
+        rows = session.connection().execute(text(statement)).all()
     return [
         Event(
             number, what, job_id, status, attempt, tuple(holders.split()),

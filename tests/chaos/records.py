@@ -104,7 +104,7 @@ class Truth:
 
 def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Truth:
     """Everything as it is now; nothing may run any more."""
-    truth = Truth(history=read_history(settings.root / "tuneyard.db"))
+    truth = Truth(history=read_history(database))
     with database.read() as session:
         truth.jobs = {job.id: job for job in session.exec(select(Job))}
         for job_id in truth.jobs:

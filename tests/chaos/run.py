@@ -22,6 +22,7 @@ from tests.chaos.cluster import Cluster
 from tests.chaos.faults import Faults, schedule
 from tests.chaos.invariants import Rules, check
 from tests.chaos.records import Seen, Truth, read_truth
+from tests.postgresql import PostgreSQL
 from worker.retention import STRAY_SECONDS, collect
 from worker.sweep import SWEEP_SECONDS, sweep
 
@@ -51,6 +52,7 @@ class Plan:
     planned: list[dict[str, Any]]
     real: int
     models: Path | None = None
+    postgresql: bool = False
 
 
 @dataclass
@@ -91,10 +93,19 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
     Raises:
         RuntimeError: the cluster did not start.
     """
+    server = PostgreSQL() if plan.postgresql else None
+    try:
+        return _run(plan, root, aside, server)
+    finally:
+        if server:
+            server.close()
+
+
+def _run(plan: Plan, root: Path, aside: Path, server: PostgreSQL | None) -> Report:
     began = time.monotonic()
     random = Random(plan.seed)
     cluster = Cluster(
-        root, aside, plan.workers, plan.slots, plan.max_losses, Random(random.random()), models=plan.models
+        root, aside, plan.workers, plan.slots, plan.max_losses, Random(random.random()), plan.models, server
     )
     seen, lock = Seen(), threading.Lock()
     try:
@@ -118,6 +129,7 @@ def run(plan: Plan, root: Path, aside: Path) -> Report:
         with working(clients):
             _storm(plan, cluster, faults, clients, Random(random.random()))
         faults.relieve()
+        cluster.restore_database()
         unsettled = _settle(cluster, clients)
         for client in clients:
             client.read_all()

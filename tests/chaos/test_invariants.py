@@ -165,6 +165,7 @@ BROKEN: list[tuple[str, str, Change]] = [
         "its cancellation was answered",
         lambda r: (r.seen.cancelled.add(JOB), set_job(status="paused")(r)),
     ),
+    ("begins late", "began as running", change_event(0, status="running")),
     ("illegal step", "went from queued to succeeded", change_event(7, status="succeeded")),
     (
         "ended twice",
@@ -186,6 +187,13 @@ BROKEN: list[tuple[str, str, Change]] = [
         "artifact adapter.tar was written by",
         change_event(9, told="jobs/ftjob-one/a/adapter.tar"),
     ),
+    (
+        "zombie report",
+        "report None was written by a while",
+        lambda r: r.truth.history.insert(
+            8, replace(r.truth.history[8], what="report", told="a", detail=None)
+        ),
+    ),
     ("zombie export", "entry 4 was written by c", change_event(14, holders=())),
     ("zombie end", "results file-1 was written by", change_event(11, told="results/ftjob-one/a/r")),
     ("log order", "entry 5 was written after 2", change_event(8, detail="5")),
@@ -195,6 +203,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("no results", "with 0 files of results", lambda r: setattr(r.truth.files[0], "job_id", None)),
     ("no adapter", "succeeded without its files", lambda r: r.truth.artifacts.pop()),
     ("wrong adapter", "its adapter is not that", lambda r: setattr(r.truth.artifacts[0], "sha256", "other")),
+    ("trained twice", "came to 2 different series of losses", trained_twice),
     ("wrong metrics", "its metrics are not those", lambda r: r.truth.metrics[JOB].pop()),
     (
         "done twice",
