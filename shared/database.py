@@ -91,6 +91,7 @@ class Database:
 
 
 def _create_engine(url: str) -> Engine:
+    # Parameters are hidden: errors go into logs, and what owners store is not to be read there.
     if not make_url(url).drivername.startswith("sqlite"):
         engine = create_engine(
             url,
@@ -99,6 +100,7 @@ def _create_engine(url: str) -> Engine:
             max_overflow=30,
             pool_pre_ping=True,
             json_serializer=_compact_json,
+            hide_parameters=True,
         )
         event.listen(engine, "connect", _configure_postgresql)
         return engine
@@ -108,6 +110,7 @@ def _create_engine(url: str) -> Engine:
         pool_size=20,
         max_overflow=30,
         json_serializer=_compact_json,
+        hide_parameters=True,
     )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

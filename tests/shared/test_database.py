@@ -7,6 +7,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import select
 
 from shared.database import Database
@@ -54,6 +55,15 @@ def test_nothing_of_a_failed_transaction_stays(database: Database) -> None:
         fail()
     with database.read() as session:
         assert session.exec(select(ApiKey)).all() == []
+
+
+def test_an_error_does_not_quote_what_was_stored(database: Database) -> None:
+    with database.write() as session:
+        session.add(ApiKey(name="x", key_hash="the hash", hint="h"))
+    with pytest.raises(IntegrityError) as caught, database.write() as session:
+        session.add(ApiKey(name="somebody", key_hash="the hash", hint="h"))
+    assert "INSERT INTO api_key" in str(caught.value)
+    assert "somebody" not in str(caught.value)
 
 
 def test_times_come_back_in_utc_and_a_time_without_zone_is_refused(database: Database) -> None:
