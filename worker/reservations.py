@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -37,9 +37,17 @@ class Promise:
         disk = nearest(folders[0]).stat().st_dev
         return cls(disk, max(size, 0) + size_of(folders), tuple(str(folder) for folder in folders))
 
-    def open_bytes(self) -> int:
-        """What is still to come."""
-        return max(self.bytes - size_of(Path(folder) for folder in self.folders), 0)
+    def filled_bytes(self) -> int:
+        """What is there already."""
+        return size_of(Path(folder) for folder in self.folders)
+
+
+@dataclass
+class Taken:
+    """Promised bytes of one disk: `open` are still to come, `filled` are there, and may come back."""
+
+    open: int = 0
+    filled: int = 0
 
 
 class Reservation:
@@ -67,9 +75,9 @@ class Reservation:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def others(self, disk: int) -> int:
-        """Bytes of this disk that are promised to other attempts and still free."""
-        return _promised(self._folder, self._path)[disk]
+    def others(self, disk: int) -> Taken:
+        """What other attempts have been promised of this disk. Ask `alone`."""
+        return _taken(self._folder, self._path)[disk]
 
     def hold(self, promises: Iterable[Promise]) -> None:
         """Take these in the place of those before.
@@ -99,8 +107,8 @@ def notes(folder: Path) -> dict[str, Path]:
 
 
 def still_put_off(folder: Path) -> set[str]:
-    """Names of those whose room is there and promised to others. What would not fit on the free disk as it is
-    waits no longer: it is to fail."""
+    """Names of those that have no room before others end. What would not fit then either waits no longer: it
+    is to fail."""
     found = notes(folder)
     if not found:
         return set()
@@ -110,31 +118,33 @@ def still_put_off(folder: Path) -> set[str]:
         except BlockingIOError:
             # Whoever has it may be frozen: a supervisor does not wait for that, and looks again soon.
             return set(found)
-        promised = _promised(folder)
-    return {name for name, note in found.items() if _waits(note, promised)}
+        taken = _taken(folder)
+    return {name for name, note in found.items() if _waits(note, taken)}
 
 
-def _waits(note: Path, promised: Mapping[int, int]) -> bool:
+def _waits(note: Path, taken: Mapping[int, Taken]) -> bool:
     needs: dict[str, int] = {}
     with suppress(FileNotFoundError):
         needs = json.loads(note.read_text(encoding="utf-8"))
     short = False
     for folder, size in needs.items():
         place = nearest(Path(folder))
-        free = free_bytes(place)
-        if size > free:
+        free, others = free_bytes(place), taken[place.stat().st_dev]
+        if size > free + others.filled:
             return False
-        short = short or size > free - promised[place.stat().st_dev]
+        short = short or size > free - others.open
     return short
 
 
-def _promised(folder: Path, but: Path | None = None) -> Counter[int]:
-    """Bytes that are promised and not filled yet, by disk; files of the dead are removed. Ask alone."""
-    found: Counter[int] = Counter()
+def _taken(folder: Path, but: Path | None = None) -> dict[int, Taken]:
+    """By disk; files of the dead are removed."""
+    found: dict[int, Taken] = defaultdict(Taken)
     for file in folder.glob(f"{PREFIX}*"):
         if file != but and _is_live(file):
             for promise in _read(file):
-                found[promise.disk] += promise.open_bytes()
+                filled = promise.filled_bytes()
+                found[promise.disk].open += max(promise.bytes - filled, 0)
+                found[promise.disk].filled += filled
     return found
 
 

@@ -18,7 +18,17 @@ from tests.worker.conftest import Start
 from tests.worker.test_exports import ask, finished, wait_export
 from tests.worker.test_pause import messages
 from tests.worker.test_supervisor import cancel, read, wait_status
-from worker.reservations import ALL, RESERVED, Promise, Reservation, notes, put_off, size_of, still_put_off
+from worker.reservations import (
+    ALL,
+    RESERVED,
+    Promise,
+    Reservation,
+    Taken,
+    notes,
+    put_off,
+    size_of,
+    still_put_off,
+)
 from worker.sweep import sweep_notes
 
 HOLD = """
@@ -39,19 +49,19 @@ def test_others_count_what_is_promised_and_not_yet_filled(tmp_path: Path) -> Non
     disk = tmp_path.stat().st_dev
     mine, other = Reservation(tmp_path / "reserved"), Reservation(tmp_path / "reserved")
     mine.hold([Promise.of(1000, [work, store])])
-    assert other.others(disk) == 1000
-    assert other.others(disk + 1) == mine.others(disk) == 0
+    assert other.others(disk) == Taken(1000, 100)
+    assert other.others(disk + 1) == mine.others(disk) == Taken()
     store.mkdir()
     (store / "file").write_bytes(b"f" * 300)
     (store / "same").hardlink_to(store / "file")
     assert size_of([work, store]) == 400
-    assert other.others(disk) == 700
+    assert other.others(disk) == Taken(700, 400)
     (store / "more").write_bytes(b"f" * 900)
-    assert other.others(disk) == 0
+    assert other.others(disk) == Taken(0, 1300)
     mine.hold([Promise.of(50, [work])])
-    assert other.others(disk) == 50
+    assert other.others(disk) == Taken(50, 100)
     mine.close()
-    assert other.others(disk) == 0
+    assert other.others(disk) == Taken()
     other.close()
     assert [file.name for file in (tmp_path / "reserved").iterdir()] == ["all.lock"]
 
@@ -62,10 +72,10 @@ def test_a_promise_ends_with_a_killed_process(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         mine = Reservation(tmp_path / "reserved")
-        assert mine.others(tmp_path.stat().st_dev) == 5000
+        assert mine.others(tmp_path.stat().st_dev).open == 5000
         holder.kill()
         holder.wait()
-        assert mine.others(tmp_path.stat().st_dev) == 0
+        assert mine.others(tmp_path.stat().st_dev) == Taken()
         mine.close()
 
 
@@ -77,7 +87,7 @@ def test_a_job_without_room_leaves_its_gpu_to_others(
     assert wait_for(lambda: "has room" in messages(database, holder))
     waits = make_job(database, name="roomy")
     doorbell.ring(waits)
-    assert wait_for(lambda: "promised to jobs that run" in messages(database, waits)[-1])
+    assert wait_for(lambda: "jobs that run have been promised" in messages(database, waits)[-1])
     assert messages(database, waits)[-1].endswith("The job goes back to the queue.")
     assert (read(database, waits).status, read(database, waits).losses) == ("queued", 0)
     # Whoever is behind it has the slot, again and again; it is not tried in vain meanwhile.
@@ -105,7 +115,7 @@ def test_an_export_without_room_lets_others_be_made(
     assert wait_for(lambda: "has room" in messages(database, holder))
     waits, behind = ask(database, roomy), ask(database, plain)
     assert wait_export(database, behind, "succeeded").attempt == 1
-    assert "promised to jobs that run" in " ".join(messages(database, roomy))
+    assert "jobs that run have been promised" in " ".join(messages(database, roomy))
     task = wait_export(database, waits, "queued")
     assert (task.attempt, task.losses, task.passed_by) == (1, 0, [])
     cancel(database, doorbell, holder)

@@ -67,8 +67,8 @@ class Room:
         """Have the need promised.
 
         Raises:
-            JobFailure: `out_of_disk`: so much is not free, whoever else is there.
-            NoRoomYet: it is free, and promised to other jobs.
+            JobFailure: `out_of_disk`: so much would not be free without other jobs either.
+            NoRoomYet: it is promised to other jobs, or they have filled it and may give it back.
         """
         self._need = need
         self._places = self._divide(need)
@@ -77,8 +77,9 @@ class Room:
             if short is None:
                 self._reservation.hold(Promise.of(p.needed, p.folders) for p in self._places)
                 return
+            others = self._reservation.others(short.disk)
         free = free_bytes(short.folders[0])
-        if short.needed > free:
+        if short.needed > free + others.filled:
             raise JobFailure(
                 FailureCode.OUT_OF_DISK,
                 f"The job needs about {gigabytes(short.needed)} in the server's {short.name}, and "
@@ -87,7 +88,7 @@ class Room:
             )
         raise NoRoomYet(
             f"About {gigabytes(short.needed)} are needed in the server's {short.name}. {gigabytes(free)} are "
-            "free, but promised to jobs that run: it waits for them.",
+            f"free, of which jobs that run have been promised {gigabytes(others.open)}: it waits for them.",
             {str(place.folders[0]): place.needed for place in self._places},
         )
 
@@ -196,7 +197,7 @@ class Room:
         return size_of(folder for folder in folders if folder != self._output)
 
     def _unpromised(self, place: _Place) -> int:
-        return free_bytes(place.folders[0]) - self._reservation.others(place.disk)
+        return free_bytes(place.folders[0]) - self._reservation.others(place.disk).open
 
     def _checkpoint_bytes(self) -> int:
         """Of the next one: as the largest there is, if there is any."""
