@@ -20,7 +20,7 @@ from api.dependencies import authenticate, count_open, limit_rate, refuse_unknow
 from api.housekeeping import housekeeping
 from api.limits import OpenRequests, RateLimiter
 from api.metrics import Metrics
-from api.middleware import BodyLimit, Guard, RequestLog
+from api.middleware import BodyLimit, Guard, PlainPosts, RequestLog
 from api.news import Hub
 from api.queue_view import QueueView
 from api.routes import artifacts, audit, datasets, exports, health, jobs, logs, models, secrets, system
@@ -79,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router, dependencies=[Depends(check) for check in (*CHECKS, limit_rate)])
     app.include_router(health.router, dependencies=[Depends(refuse_unknown_query)])
     # The last one added is the first that a request meets.
+    app.add_middleware(PlainPosts)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     if settings.allowed_origins:
         app.add_middleware(

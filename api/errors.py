@@ -181,7 +181,21 @@ def _known(request: Request, error: Exception) -> Response:
 def _invalid_parameters(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
-    return render(_from_findings(error.errors()), request.url.path)
+    findings = error.errors()
+    known = _no_json(request) if findings[0]["type"] == "model_attributes_type" else None
+    return render(known or _from_findings(findings), request.url.path)
+
+
+def _no_json(request: Request) -> TuneyardError | None:
+    """What is wrong with a body that was not read, for its header says that it is something else."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given == "application/json" or given.endswith("+json"):
+        return None
+    return MalformedRequest(
+        f"This takes JSON, and the body came as {given[:100] or 'nothing in particular'}: send the header "
+        "`Content-Type: application/json`.",
+        code="unsupported_content_type",
+    )
 
 
 def _routing(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ LOOPBACK = "localhost,127.0.0.1,[[]::1]"
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared with, not bound to
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 UPLOAD_PATHS = re.compile(r"/datasets|/v1/files|/v1/uploads/[^/]+/parts")
+FORM_FIELDS = ("", "application/x-www-form-urlencoded")
 # Where in the scope a request has headers for its answer, whatever that will be.
 HEADERS = "tuneyard.headers"
 
@@ -100,6 +101,23 @@ class Guard:
             "TUNEYARD_ALLOWED_ORIGINS.",
             code="origin_not_allowed",
         )
+
+
+class PlainPosts:
+    """Lets `curl -d` be: it calls its body a form's fields where nobody says that it is JSON.
+
+    No route takes such a form, and none acts on cookies that a web page's form could use.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        posted = scope["type"] == "http" and scope["method"] == "POST"
+        if posted and Headers(scope=scope).get("content-type", "") in FORM_FIELDS:
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*headers, (b"content-type", b"application/json")]
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

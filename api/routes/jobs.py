@@ -49,7 +49,7 @@ METADATA_FILTER: dict[str, Any] = {
             "in": "query",
             "style": "deepObject",
             "explode": True,
-            "description": "Jobs whose metadata has these values: `metadata[team]=search`.",
+            "description": "Jobs whose metadata has these values: `metadata[team]=search`; those without any: `metadata=null`.",
             "schema": {"type": "object", "additionalProperties": {"type": "string"}},
         }
     ]

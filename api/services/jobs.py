@@ -45,6 +45,7 @@ class Filters:
     status: JobStatus | None
     model: str | None
     metadata: Mapping[str, str]
+    without_metadata: bool = False
 
 
 def parse_spec(body: bytes) -> JobSpec:
@@ -78,16 +79,18 @@ def load_json(body: bytes) -> Any:
 
 
 def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters:
-    """Filters from the query: `model=…` and any number of `metadata[key]=value`.
+    """Filters from the query: `model=…`, and any number of `metadata[key]=value` or `metadata=null`.
 
     Raises:
         InvalidRequest: a parameter that can't match anything.
     """
-    metadata = {}
+    metadata, without = {}, False
     for name, value in query.items():
         if CONTROL_CHARACTERS.search(name) or CONTROL_CHARACTERS.search(value):
             raise InvalidRequest("Query parameters hold no control characters.", param=name[:64].strip("\0"))
-        if name.startswith("metadata"):
+        if name == "metadata" and value == "null":
+            without = True
+        elif name.startswith("metadata"):
             found = METADATA_FILTER.fullmatch(name)
             if found is None:
                 raise InvalidRequest("Filter by metadata as in `metadata[team]=search`.", param="metadata")
@@ -96,7 +99,9 @@ def parse_filters(status: JobStatus | None, query: Mapping[str, str]) -> Filters
         raise InvalidRequest(
             f"Filter by at most {MAX_METADATA} keys of the metadata: a job has no more.", param="metadata"
         )
-    return Filters(status, query.get("model"), metadata)
+    if metadata and without:
+        raise InvalidRequest("A job without metadata has no key of it.", param="metadata")
+    return Filters(status, query.get("model"), metadata, without)
 
 
 def create(
@@ -199,6 +204,7 @@ def list_page(database: Database, caller: Caller, page: Page, filters: Filters) 
             status=filters.status,
             model=filters.model,
             metadata=filters.metadata,
+            without_metadata=filters.without_metadata,
         )
         ids = [row.id for row in rows]
         artifacts, later = files.artifacts_of(session, ids), exports.exports_of(session, ids)
@@ -368,7 +374,8 @@ def _usable_dataset(session: Session, caller: Caller, dataset: FileDataset, para
         row = files.get_dataset(session, dataset.file_id, caller.name, lock=True)
     except NotFound as error:
         raise InvalidRequest(
-            f"There is no dataset {dataset.file_id}: upload the file with POST /datasets first.",
+            f"There is no file {dataset.file_id} of yours to train on: upload it with POST /datasets, or with "
+            "POST /v1/files and the purpose fine-tune, first.",
             param=param,
             code="dataset_not_found",
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import delete, func, literal, or_, tuple_
+from sqlalchemy import delete, exists, func, literal, or_, tuple_
 from sqlalchemy.orm import aliased, object_session
 from sqlmodel import Session, col, select
 
@@ -88,6 +88,7 @@ def list_jobs(
     status: JobStatus | None = None,
     model: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    without_metadata: bool = False,
 ) -> tuple[list[Job], bool]:
     """One page, newest first, and whether there are more.
 
@@ -101,6 +102,8 @@ def list_jobs(
         statement = statement.where(Job.status == status)
     if model is not None:
         statement = statement.where(Job.model == model)
+    if without_metadata:
+        statement = statement.where(~exists().where(col(JobLabel.job_id) == col(Job.id)))
     order: tuple[Any, Any] | None = None
     for key, value in (metadata or {}).items():
         label = aliased(JobLabel)

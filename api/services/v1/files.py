@@ -20,6 +20,7 @@ from shared.repository.jobs import Page
 from shared.storage import Store, StoreUnavailable
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+FIELDS = ("purpose", "format", "name", "expires_after[anchor]", "expires_after[seconds]")
 # A file may be given away after an hour at the earliest, and a month at the latest.
 LIFETIMES = range(3600, 2_592_001)
 
@@ -103,6 +104,13 @@ def purpose_of(value: str | None) -> str:
 
 
 def _terms(fields: Mapping[str, str]) -> Terms:
+    for name in fields:
+        # One that is misspelt would be a file that never expires.
+        if name not in FIELDS:
+            known = f"The form has `file` and: {', '.join(FIELDS)}."
+            raise InvalidRequest(
+                f"There is no field {name[:100]}. {known}", param=name[:100], code="unknown_field"
+            )
     purpose = purpose_of(fields.get("purpose"))
     lifetime = _lifetime(fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]"))
     ends = utcnow() + timedelta(seconds=lifetime) if lifetime else None

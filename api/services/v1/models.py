@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from pydantic import TypeAdapter, ValidationError
+
 from api.context import Caller, Context
 from api.schemas_v1 import ListV1, ModelDeletedV1, ModelV1, seconds
 from shared.database import Session
@@ -13,10 +15,11 @@ from shared.model_names import TunedModel, parse_tuned_model, tuned_model
 from shared.models import find_model, list_models
 from shared.repository import files, jobs, logs
 from shared.settings import Settings
-from shared.spec import DEFAULT_MODEL
+from shared.spec import DEFAULT_MODEL, RepositoryId
 from shared.tables import Job
 
 OWNER = "tuneyard"
+HUB_ID: TypeAdapter[str] = TypeAdapter(RepositoryId)
 WILDCARDS = re.compile(r"[*?\[]")
 
 
@@ -85,6 +88,10 @@ def _find_base(settings: Settings, name: str) -> ModelV1:
         find_model(settings, name)
     except InvalidRequest as error:
         raise _absent(name) from error
+    try:
+        HUB_ID.validate_python(name)
+    except ValidationError:
+        raise _absent(name) from None
     if "/" not in name:
         # Ids of the hub without an owner are old and few; a client that asks for `gpt-4o` wants to be told.
         raise _absent(name)

@@ -166,6 +166,10 @@ async def test_lists_are_filtered(api: Api) -> None:
     assert await found("metadata%5Bteam%5D=search&status=queued") == [search]
     assert await found("metadata[team]=search&metadata[absent]=1") == []
     assert await found("metadata[odd.key (1)]=1") == [search]
+    plain = await api.create()
+    assert await found("metadata=null") == [plain]
+    answer = await api.ann.get("/jobs?metadata=null&metadata[team]=search")
+    assert error_of(answer, 422)["param"] == "metadata"
 
 
 async def test_a_job_is_cancelled_once_and_told_so_again(api: Api) -> None:

@@ -48,6 +48,7 @@ def age(api: Api, table: type[DatasetRow] | type[UploadRow], row_id: str) -> Non
         ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "3599"}, "expires_after.seconds"),
         ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "x" * 9}, "expires_after.seconds"),
         ({"format": "no-such"}, "format"),
+        ({"expires_after": '{"anchor": "created_at", "seconds": 3600}'}, "expires_after"),
     ],
 )
 async def test_terms_that_can_not_be_are_refused_and_leave_nothing(

@@ -41,6 +41,7 @@ async def test_an_idempotency_key_makes_one_job(api: Api) -> None:
         ("/v1/models/gpt-4o", 404, "model_not_found"),
         ("/v1/models/local%2Fnone", 404, "model_not_found"),
         (f"/v1/models/ft:{MODEL}:ann::{'0' * 24}", 404, "model_not_found"),
+        ("/v1/models/..%2F..%2Fetc%2Fpasswd", 404, "model_not_found"),
         ("/v1/nonsense", 404, "unknown_route"),
     ],
 )
@@ -58,6 +59,33 @@ async def test_a_body_that_is_no_json_or_too_large(api: Api) -> None:
     assert answer.headers["x-should-retry"] == "false"
     error_of(await api.ann.post("/v1/uploads", content=b"{"), 400)
     error_of(await api.nobody.get(JOBS), 401)
+
+
+@pytest.mark.parametrize("path", ["/v1/uploads", "/v1/webhook_endpoints"])
+async def test_json_needs_no_header_and_other_headers_are_told(api: Api, path: str) -> None:
+    # What `curl -d` sends by itself; a body that is read lacks its fields.
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        refusal = error_of(await api.ann.post(path, content=b"{}", headers=headers), 400)
+        assert refusal["code"] == "missing_field"
+    answer = await api.ann.post(path, content=b"{}", headers={"content-type": "text/plain; charset=utf-8"})
+    refusal = error_of(answer, 400)
+    assert (refusal["code"], refusal["param"]) == ("unsupported_content_type", None)
+    assert "text/plain" in refusal["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("HEAD", "/v1/models"), ("OPTIONS", "/v1/files"), ("PUT", JOBS), ("PATCH", "/v1/files/x")],
+)
+async def test_a_method_that_is_not_there_is_refused_in_openais_shape(
+    api: Api, method: str, path: str
+) -> None:
+    answer = await api.ann.request(method, path)
+    assert answer.status_code == 405
+    assert answer.headers["x-should-retry"] == "false"
+    assert "GET" in answer.headers["allow"]
+    if method != "HEAD":
+        assert error_of(answer, 405)["code"] == "method_not_allowed"
 
 
 async def test_events_page_backwards_and_measures_have_openais_names(api: Api) -> None:
