@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ MAX_PARAM = 100
 # Where FastAPI found the value: no part of the field's name.
 PLACES = frozenset({"body", "query", "path", "header", "cookie"})
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# pydantic names the type that a value was held against, where there are several; so it does a dict's key.
+UNION_MEMBER = re.compile(r"str|list\[.+\]|dict\[.+\]|\[key\]")
 # pydantic names the member of a tagged union in the location; the field that the user wrote has no such part.
 UNION_TAGS = frozenset(
     (field, source) for field in ("dataset", "validation_dataset") for source in ("hub", "file")
@@ -139,7 +142,7 @@ def _code(kind: str) -> str:
 
 
 def _param(finding: Mapping[str, Any]) -> str | None:
-    parts = [part for part in finding["loc"] if part != "[key]"]
+    parts = [part for part in finding["loc"] if not UNION_MEMBER.fullmatch(str(part))]
     if parts and parts[0] in PLACES and len(parts) > 1:
         parts = parts[1:]
     if tuple(parts[:2]) in UNION_TAGS:

@@ -147,10 +147,22 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     store: bool | None = None
-    # Labels.
+    modalities: list[str] | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    # What other kinds of models do.
+    audio: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+    # Labels, and hints of how to be faster.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
     service_tier: str | None = None
 
     @field_validator("logprobs", "top_logprobs", "store")
@@ -158,6 +170,27 @@ class ChatRequest(Sampling):
     def _not_set(cls, value: int | None) -> int | None:
         if value:
             raise ValueError("can't be had here: leave it out")
+        return value
+
+    @field_validator("audio", "moderation", "reasoning_effort", "verbosity", "web_search_options")
+    @classmethod
+    def _null(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("can't be had here: leave it out")
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _only_text(cls, value: list[str] | None) -> list[str] | None:
+        if value not in (None, ["text"]):
+            raise ValueError('must be ["text"]: models here answer in nothing else')
+        return value
+
+    @field_validator("functions", "function_call")
+    @classmethod
+    def _by_its_newer_name(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is the older name: use tools and tool_choice")
         return value
 
     @field_validator("tool_choice")
@@ -187,8 +220,8 @@ class CompletionRequest(Sampling):
     @field_validator("prompt")
     @classmethod
     def _one_prompt(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, list) and len(value) != 1:
-            raise ValueError("must be one text")
+        if value == "" or (isinstance(value, list) and (len(value) != 1 or not value[0])):
+            raise ValueError("must be one text, and not an empty one")
         return value
 
     @field_validator("best_of")

@@ -3,9 +3,9 @@
     .venv/bin/python bench/openai_compat.py
 
 starts a server and a worker of its own, trains the bundled model for two steps, makes every call that the
-client has for fine-tuning, files, uploads, models and webhooks, and holds each answer's JSON against the type
-that the client declares for it. A field that is missing or of another type without a reason given below ends
-it with exit code 1.
+client has for fine-tuning, files, uploads, models, answers and webhooks, and holds each answer's JSON against
+the type that the client declares for it. A field that is missing or of another type without a reason in
+`bench/openai_reasons.py` ends it with exit code 1.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx
 import openai
 import pydantic
 from openai.types import (
+    Completion,
     FileDeleted,
     FileObject,
     Model,
     ModelDeleted,
     Upload,
+    completion_create_params,
     file_create_params,
     file_list_params,
     upload_complete_params,
     upload_create_params,
 )
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import completion_create_params as chat_params
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent, job_create_params, job_list_params
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from openai.types.uploads import UploadPart
@@ -48,47 +53,19 @@ from openai.types.webhooks import (
     webhook_create_params,
 )
 
+from bench.openai_reasons import ABSENT, DIFFERENT, NULL, ROUTES_ABSENT
+
 MODEL = "bundled/smollm2-135m-instruct"
 ROW = '{"messages":[{"role":"user","content":"%s"},{"role":"assistant","content":"%s %d"}]}\n'
+PLACE = {"type": "object", "properties": {"city": {"type": "string"}}}
+TIDE = {"type": "function", "function": {"name": "get_tide", "parameters": PLACE}}
 SHORT = {
     "max_seq_length": 128,
+    "exports": ["adapter", "gguf:q8_0"],
     "training": {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "eval_steps": 2},
 }
+MISSING = "not in the answer"
 ENDED = ("succeeded", "failed", "cancelled")
-
-# Fields that are there and mean something else, or more, than OpenAI's.
-DIFFERENT = {
-    "FineTuningJob.status": "pausing and paused too, which the client's type does not name",
-    "FineTuningJob.hyperparameters": "auto is resolved when the job is accepted",
-    "FineTuningJob.organization_id": "the owner: the name of the key",
-    "FineTuningJob.result_files": "the CSV as it is, where OpenAI's was sometimes base64",
-    "FineTuningJob.trained_tokens": "tokens that went through the model; nobody is billed",
-    "FineTuningJob.training_file": "hub:OWNER/NAME for a data set of the hub",
-    "FineTuningJob.integrations": "one of wandb; project (the worker's) where the job names none",
-    "Metrics.full_valid_loss": "as valid_loss: every evaluation is of all held-out rows",
-    "Metrics.full_valid_mean_token_accuracy": "as valid_mean_token_accuracy",
-    "Model.created": "0 for a base model: nobody knows",
-    "FileObject.purpose": "evals too, which the client's type does not name",
-    "JobCreateParams.model": "base models of this server and of the hub",
-    "JobCreateParams.training_file": "any of Tuneyard's formats; hub:OWNER/NAME too",
-    "JobCreateParams.integrations": "one of wandb, with the owner's key or the worker's account",
-    "JobCreateParams.method": "supervised; dpo and reinforcement are refused",
-    "JobCreateParams.seed": "42 if it is not given, where OpenAI draws one",
-    "FileCreateParams.expires_after": "no time of its own for batch files",
-    "UploadCreateParams.mime_type": "kept, and not judged",
-    "WebhookCreateParams.event_types": "the three of fine-tuning",
-}
-# What there is not, and why.
-ABSENT = {
-    "Method.dpo": "trained by supervision alone",
-    "Method.reinforcement": "trained by supervision alone",
-    "Model.shutdown_date": "no model is shut down",
-}
-ROUTES_ABSENT = {
-    "POST /fine_tuning/checkpoints/{id}/permissions": "an owner's models are its own",
-    "POST /fine_tuning/alpha/graders/run": "graders are for reinforcement",
-    "POST /fine_tuning/alpha/graders/validate": "graders are for reinforcement",
-}
 
 
 @dataclass(frozen=True)
@@ -108,15 +85,19 @@ def compare(
     for name, field in kind.model_fields.items():
         key, place = f"{kind.__name__}.{name}", prefix + name
         if name not in value:
-            yield _line(route, place, key, "absent" if key in ABSENT else "WRONG", "not in the answer")
+            yield _line(route, place, key, "absent" if key in ABSENT else "WRONG", MISSING)
             continue
         try:
             adapter = pydantic.TypeAdapter(field.annotation)
             adapter.validate_json(json.dumps(value[name]), strict=True)
         except pydantic.ValidationError as error:
-            yield Line(route, place, "WRONG", str(error.errors()[0]["msg"]))
-            continue
-        yield _line(route, place, key, "different" if key in DIFFERENT else "same")
+            errors = error.errors()
+            if key not in NULL or any(found["input"] is not None for found in errors):
+                yield Line(route, place, "WRONG", str(errors[0]["msg"]))
+                continue
+            yield Line(route, place, "different", NULL[key])
+        else:
+            yield _line(route, place, key, "different" if key in DIFFERENT else "same")
         inner, content = _model_in(field.annotation), value[name]
         content = content[0] if isinstance(content, list) and content else content
         if inner is not None and isinstance(content, dict):
@@ -125,10 +106,16 @@ def compare(
         yield Line(route, prefix + name, "more", "Tuneyard's own")
 
 
-def parameters(route: str, kind: Any) -> Iterator[Line]:
-    """The fields of a request, from the client's type for it."""
+def parameters(route: str, kind: Any, called: str = "", known: Any = None) -> Iterator[Line]:
+    """The fields of a request, from the client's type for it.
+
+    Args:
+        called: the type's name in the tables above, where another one has the same.
+        known: the type of a like request, for what both have means the same.
+    """
     for name in kind.__annotations__:
-        key = f"{kind.__name__}.{name}"
+        shared = known is not None and name in known.__annotations__
+        key = f"{'Chat' if shared else called or kind.__name__}.{name}"
         verdict = "absent" if key in ABSENT else "different" if key in DIFFERENT else "same"
         yield _line(route, f"(sent) {name}", key, verdict)
 
@@ -150,6 +137,13 @@ def probe(client: openai.OpenAI, hook_url: str, wait: Callable[[str], None]) -> 
         *parameters("POST /uploads", upload_create_params.UploadCreateParams),
         *parameters("POST /uploads/{id}/complete", upload_complete_params.UploadCompleteParams),
         *parameters("POST /webhook_endpoints", webhook_create_params.WebhookCreateParams),
+        *parameters("POST /chat/completions", chat_params.CompletionCreateParamsBase, "Chat"),
+        *parameters(
+            "POST /completions",
+            completion_create_params.CompletionCreateParamsBase,
+            "Text",
+            chat_params.CompletionCreateParamsBase,
+        ),
         *_files(calls),
         *_uploads(calls),
         *_jobs(calls, wait),
@@ -166,14 +160,18 @@ class _Calls:
         self.client = client
         self.last: Any = None
 
-    def __call__(
-        self, method: str, path: str, kind: Any, *, listed: bool = False, **options: Any
-    ) -> Iterator[Line]:
+    def send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The answer as it came."""
         answer = self.client.with_options(max_retries=0)._client.request(
             method, f"{self.client.base_url}{path}", headers=self.client.auth_headers, **options
         )
         answer.raise_for_status()
-        self.last = answer.json()
+        return answer
+
+    def __call__(
+        self, method: str, path: str, kind: Any, *, listed: bool = False, **options: Any
+    ) -> Iterator[Line]:
+        self.last = self.send(method, path, **options).json()
         route = f"{method} /{re.sub(r'(ftjob-|file-|upload_|we_)[^/]+|ft:.+', '{id}', path)}"
         if not listed:
             yield from compare(route, kind, self.last)
@@ -220,6 +218,7 @@ def _jobs(calls: _Calls, wait: Callable[[str], None]) -> Iterator[Line]:
     yield from calls("GET", f"fine_tuning/jobs/{job}/checkpoints", FineTuningJobCheckpoint, listed=True)
     yield from calls("GET", "models", Model, listed=True)
     yield from calls("GET", f"models/{name}", Model)
+    yield from _answers(calls, name)
     yield from calls("DELETE", f"models/{name}", ModelDeleted)
     # The tests' worker never ends a job of this name by itself.
     yield from calls("POST", "fine_tuning/jobs", FineTuningJob, json=body | SHORT | {"suffix": "forever"})
@@ -232,6 +231,46 @@ def _jobs(calls: _Calls, wait: Callable[[str], None]) -> Iterator[Line]:
         time.sleep(0.05)
     for word in ("resume", "cancel"):
         yield from calls("POST", f"fine_tuning/jobs/{job}/{word}", FineTuningJob)
+
+
+def _answers(calls: _Calls, name: str) -> Iterator[Line]:
+    # After two calls the smallest model makes a third.
+    said = [turn for city in ("Oslo", "Rome") for turn in _call(city)]
+    messages = [*said, {"role": "user", "content": "Tide in Cork?"}]
+    asked = {"model": name, "messages": messages, "tools": [TIDE], "temperature": 0, "max_tokens": 60}
+    yield from calls("POST", "chat/completions", ChatCompletion, json=asked)
+    yield from _stream(calls, "chat/completions", ChatCompletionChunk, asked)
+    asked = {"model": name, "prompt": "hi", "max_tokens": 4}
+    yield from calls("POST", "completions", Completion, json=asked)
+    yield from _stream(calls, "completions", Completion, asked)
+
+
+def _call(city: str) -> list[dict[str, Any]]:
+    call = {"name": "get_tide", "arguments": json.dumps({"city": city})}
+    return [
+        {"role": "user", "content": f"Tide in {city}?"},
+        {"role": "assistant", "tool_calls": [{"id": f"call-{city}", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": f"call-{city}", "content": "2 m"},
+        {"role": "assistant", "content": "2 m."},
+    ]
+
+
+def _stream(calls: _Calls, path: str, kind: Any, asked: dict[str, Any]) -> Iterator[Line]:
+    """The events of a stream against one type: a line for each field, the worst that was found of it."""
+    body = asked | {"stream": True, "stream_options": {"include_usage": True}}
+    text = calls.send("POST", path, json=body).text
+    found: dict[str, Line] = {}
+    for event in (json.loads(part[6:]) for part in text.split("\n\n") if part.startswith("data: {")):
+        for line in compare(f"POST /{path} (stream)", kind, event):
+            # One that some events have and others have not is there.
+            if line.field not in found or _weight(line) > _weight(found[line.field]):
+                found[line.field] = line
+    yield from found.values()
+
+
+def _weight(line: Line) -> int:
+    there = line.verdict != "absent" and line.why != MISSING
+    return there + (there and line.verdict == "WRONG")
 
 
 def _webhooks(calls: _Calls, hook_url: str) -> Iterator[Line]:

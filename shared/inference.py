@@ -74,11 +74,13 @@ class Text:
 class Done:
     """The end: the model's own or a stop text (`stop`), or a limit (`length`).
 
-    `tokens` counts what was generated, the end of turn included.
+    `tokens` counts what was generated, the end of turn included; `cached` those of the prompt that the model
+    had from the request before.
     """
 
     reason: Literal["stop", "length"]
     tokens: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from shared.database import Database
 from shared.events import Entry
+from shared.exports import artifact_name
 from shared.ids import new_dataset_id, new_job_id
 from shared.lifecycle import JobStatus
 from shared.repository import files
@@ -16,7 +17,7 @@ from shared.repository.jobs import PRIORITIES, add_job
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.storage import Store
-from shared.tables import DatasetRow, Job
+from shared.tables import ArtifactRow, DatasetRow, Job
 
 
 def size_and_hash(path: Path) -> tuple[int, str]:
@@ -69,3 +70,17 @@ def bundled_gguf() -> Path:
     assert package is not None
     assert package.submodule_search_locations
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def put_gguf(database: Database, store: Store, job_id: str, gguf: Path, step: int | None = None) -> None:
+    """Let the job have this file as an artifact."""
+    name = artifact_name("gguf:q4_k_m", step)
+    key = f"jobs/{job_id}/attempt/{name}"
+    folder = store.folder()
+    assert folder is not None
+    (folder / key).parent.mkdir(parents=True, exist_ok=True)
+    (folder / key).symlink_to(gguf)
+    size = gguf.stat().st_size
+    row = ArtifactRow(job_id=job_id, name=name, kind="gguf:q4_k_m", bytes=size, sha256="", key=key)
+    with database.write() as session:
+        files.put_artifact(session, row)

@@ -49,7 +49,8 @@ METADATA_FILTER: dict[str, Any] = {
             "in": "query",
             "style": "deepObject",
             "explode": True,
-            "description": "Jobs whose metadata has these values: `metadata[team]=search`; those without any: `metadata=null`.",
+            "description": "Jobs whose metadata has these values: `metadata[team]=search`; `metadata=null`: "
+            "those without any.",
             "schema": {"type": "object", "additionalProperties": {"type": "string"}},
         }
     ]

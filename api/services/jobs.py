@@ -374,8 +374,8 @@ def _usable_dataset(session: Session, caller: Caller, dataset: FileDataset, para
         row = files.get_dataset(session, dataset.file_id, caller.name, lock=True)
     except NotFound as error:
         raise InvalidRequest(
-            f"There is no file {dataset.file_id} of yours to train on: upload it with POST /datasets, or with "
-            "POST /v1/files and the purpose fine-tune, first.",
+            f"There is no file {dataset.file_id} of yours to train on: upload it first, with POST /datasets "
+            "or with POST /v1/files and the purpose fine-tune.",
             param=param,
             code="dataset_not_found",
         ) from error

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import openai
 
-from bench.openai_compat import ABSENT, DIFFERENT, ENDED, probe
+from bench.openai_compat import ENDED, probe
+from bench.openai_reasons import ABSENT, DIFFERENT
+from shared.storage import Store
 from tests.clients.conftest import Box
 from tests.clients.receiver import receiver
 from tests.conftest import wait_for
+from tests.samples import bundled_gguf, put_gguf
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -21,6 +24,7 @@ def test_every_answer_is_of_the_clients_type(box: Box) -> None:
 
         def wait(job_id: str) -> None:
             wait_for(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ENDED)
+            put_gguf(box.database, Store(box.settings.artifacts()), job_id, bundled_gguf())
 
         lines = probe(client, hook.url, wait)
     assert [line for line in lines if line.verdict == "WRONG"] == []

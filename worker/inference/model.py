@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from cyllama.llama.llama_cpp import (
@@ -83,12 +84,12 @@ class Model:
             return
         style = self._prompts.style if asked.own_calls else None
         tell(Started(len(prompt), style))
-        self._read_prompt(prompt, reuse=asked.seed is None)
+        cached = self._read_prompt(prompt, reuse=asked.seed is None)
         limit = min(asked.max_tokens or room, room)
         # A text goes on with its own white space; an answer has none before it.
         before = prompt[-1:] if asked.messages is None else []
         words = _Words(self._vocab, self._prompts, style, asked.stop, before)
-        tell(self._speak(asked, words, limit, deadline, tell))
+        tell(replace(self._speak(asked, words, limit, deadline, tell), cached=cached))
 
     def _refusal(self, tokens: int) -> str:
         if not tokens:
@@ -98,8 +99,8 @@ class Model:
             f"{tokens}: shorten it."
         )
 
-    def _read_prompt(self, prompt: list[int], *, reuse: bool) -> None:
-        """Take the prompt in, but for what the context holds of it from the last answer.
+    def _read_prompt(self, prompt: list[int], *, reuse: bool) -> int:
+        """Take the prompt in, but for what the context holds of it from the last answer: so many tokens.
 
         With a seed nothing is reused: batches of other lengths round otherwise, and the same must come again.
         """
@@ -113,6 +114,7 @@ class Model:
         self._read = prompt[:same]
         for start in range(same, len(prompt), BATCH):
             self._decode(prompt[start : start + BATCH])
+        return same
 
     def _decode(self, tokens: list[int]) -> None:
         if self._context.cancel:

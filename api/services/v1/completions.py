@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import string
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 from api.context import Caller
@@ -26,6 +28,8 @@ from shared.settings import Settings
 # Mistral's templates take ids of calls of just this length.
 CALL_ID_LENGTH = 9
 DEFAULT_COMPLETION_TOKENS = 16
+# There is one, and no queue is jumped.
+SERVICE_TIER = "default"
 DONE = b"data: [DONE]\n\n"
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -128,8 +132,10 @@ class Reply:
     model: str
     request: Sampling
     id: str = ""
+    fingerprint: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
+    cached: int = 0
 
     @classmethod
     async def begin(cls, settings: Settings, question: Question) -> Reply:
@@ -143,7 +149,9 @@ class Reply:
         socket = settings.inference_socket()
         answering, started = await Answering.begin(socket, question.generation, param)
         made = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        return cls(answering, started, question.model, question.request, made)
+        release = f"{question.generation.key} {version('tuneyard')}"
+        fingerprint = f"fp_{hashlib.sha256(release.encode()).hexdigest()[:12]}"
+        return cls(answering, started, question.model, question.request, made, fingerprint)
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object.
@@ -163,6 +171,7 @@ class Reply:
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
         if isinstance(self.request, ChatRequest):
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            message["annotations"] = []
             if calls:
                 message |= {"content": text or None, "tool_calls": [_tool_call(call) for call in calls]}
             return self._object("chat.completion", [choice | {"message": message}], usage=True)
@@ -217,7 +226,7 @@ class Reply:
                 yield Piece(reader.feed(event.text) if reader else event.text)
             elif isinstance(event, Done):
                 break
-        self.tokens = event.tokens
+        self.tokens, self.cached = event.tokens, event.cached
         finish: FinishReason = event.reason
         if reader and chat:
             rest = reader.end()
@@ -238,14 +247,28 @@ class Reply:
             "created": self.created,
             "model": self.model,
             "choices": choices,
+            "system_fingerprint": self.fingerprint,
         }
+        if isinstance(self.request, ChatRequest):
+            made["service_tier"] = SERVICE_TIER
         if usage:
-            made["usage"] = {
-                "prompt_tokens": self.started.prompt_tokens,
-                "completion_tokens": self.tokens,
-                "total_tokens": self.started.prompt_tokens + self.tokens,
-            }
+            made["usage"] = self._usage()
         return made
+
+    def _usage(self) -> dict[str, Any]:
+        asked, made = self.started.prompt_tokens, self.tokens
+        # Clients read these without looking whether they are there.
+        none = {"audio_tokens": 0, "image_tokens": 0}
+        guessed = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+        return {
+            "prompt_tokens": asked,
+            "completion_tokens": made,
+            "total_tokens": asked + made,
+            "prompt_tokens_details": none
+            | {"cached_tokens": self.cached, "cache_write_tokens": 0, "text_tokens": asked},
+            "completion_tokens_details": guessed
+            | {"audio_tokens": 0, "reasoning_tokens": 0, "text_tokens": made},
+        }
 
 
 def _tool_call(call: Call) -> dict[str, Any]:

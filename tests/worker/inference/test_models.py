@@ -97,10 +97,10 @@ def processes() -> list[psutil.Process]:
 
 async def test_the_model_unused_for_longest_makes_room(tmp_path: Path) -> None:
     async with loading(tmp_path, "a", "b", "c", inference_models=2) as models:
-        for name in ("a", "b", "a"):
+        for name, again in (("a", False), ("b", False), ("a", True)):
             started, *_, done = await ask(models, name)
             assert isinstance(started, Started)
-            assert done == Done("length", 2)
+            assert done == Done("length", 2, cached=again * (started.prompt_tokens - 1))
         assert models.loaded() == ["b", "a"]
         await ask(models, "c")
         assert models.loaded() == ["a", "c"]
@@ -155,7 +155,9 @@ async def test_requests_are_bounded_by_owner_and_in_all(tmp_path: Path) -> None:
         with pytest.raises(Refusal, match="as many requests as it may"):
             await ask(models, "a", owner="cy")
         under_way.cancel()
-        assert (await waiting)[-1] == Done("length", 2)
+        started, *_, done = await waiting
+        assert isinstance(started, Started)
+        assert done == Done("length", 2, cached=started.prompt_tokens - 1)
         await ask(models, "a")
 
 

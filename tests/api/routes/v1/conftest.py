@@ -15,14 +15,13 @@ import psutil
 import pytest
 
 from shared.database import Database
-from shared.exports import artifact_name
 from shared.model_names import tuned_model
-from shared.repository import files, keys
+from shared.repository import keys
 from shared.settings import Settings
-from shared.tables import ArtifactRow
 from shared.valkey import EmbeddedValkey
 from tests.api.conftest import SPEC, Live, finish, serve
 from tests.conftest import Databases, wait_for
+from tests.samples import put_gguf
 
 # Tools and calls as many models' templates write them.
 TEMPLATE = """{% if tools %}<|im_start|>system
@@ -79,16 +78,7 @@ class Box:
         job = answer.json()
         finish(self.live.database, job["id"])
         if gguf is not None:
-            name = artifact_name("gguf:q4_k_m", step)
-            key = f"jobs/{job['id']}/attempt/{name}"
-            folder = self.live.context.store.folder()
-            assert folder is not None
-            (folder / key).parent.mkdir(parents=True)
-            (folder / key).symlink_to(gguf)
-            size = gguf.stat().st_size
-            row = ArtifactRow(job_id=job["id"], name=name, kind="gguf:q4_k_m", bytes=size, sha256="", key=key)
-            with self.live.database.write() as session:
-                files.put_artifact(session, row)
+            put_gguf(self.live.database, self.live.context.store, job["id"], gguf, step)
         return tuned_model(job["spec"]["model"], "ann", job["spec"]["name"], job["id"], step)
 
 

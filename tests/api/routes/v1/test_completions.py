@@ -87,6 +87,13 @@ def test_an_answer_fits_the_clients_types_and_its_counts_are_true(box: Box, mode
     assert choice.message.content
     assert choice.finish_reason == "length"
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (6, answer.usage.prompt_tokens + 6)
+    again = strictly(ChatCompletion, chat(box, model, max_tokens=6).json())
+    # All but the token that its answer goes on from.
+    assert again.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens - 1
+    assert again.system_fingerprint == answer.system_fingerprint
+    assert (
+        chat(box, model, max_tokens=6, seed=1).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    )
     longer = chat(box, model, max_tokens=1, messages=[{"role": "user", "content": "What is the capital of"}])
     # " France" and "?"
     assert longer.json()["usage"]["prompt_tokens"] == answer.usage.prompt_tokens - 2
@@ -153,8 +160,19 @@ def test_a_text_goes_on_without_the_template(client: openai.OpenAI, box: Box, mo
     answer = strictly(Completion, post(box, "/v1/completions", asked).json())
     assert answer.choices[0].text == " Paris."
     assert answer.usage.prompt_tokens == 5
-    stream = client.completions.create(**asked, stream=True)
-    assert "".join(chunk.choices[0].text for chunk in stream) == " Paris."
+    *parts, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in parts) == " Paris."
+    # Null up to the end, as OpenAI's own: what the client's type says of it is no stream's.
+    assert [c.choices[0].finish_reason for c in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert last.usage is not None
+    assert (last.choices, last.usage.completion_tokens) == ([], 2)
+
+
+def test_a_prompt_is_one_text(box: Box, model: str) -> None:
+    prompts: list[Any] = ["", ["a", "b"], [1, 2]]
+    for prompt in prompts:
+        refusal = error_of(post(box, "/v1/completions", {"model": model, "prompt": prompt}), 400)
+        assert refusal["param"] == "prompt"
 
 
 def test_a_seed_makes_an_answer_come_again(box: Box, model: str) -> None:
@@ -290,6 +308,11 @@ def test_a_job_id_and_a_checkpoint_name_models_too(box: Box, model: str) -> None
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"functions": [TIDE["function"]]}, "functions"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"web_search_options": {}}, "web_search_options"),
         ({"nonsense": 1}, "nonsense"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
@@ -322,7 +345,8 @@ def test_json_that_is_nested_too_deeply_is_refused(box: Box, model: str) -> None
 
 def test_pictures_and_half_characters_are_refused(box: Box, model: str) -> None:
     picture = [{"type": "image_url", "image_url": {"url": "http://x"}}]
-    assert error_of(chat(box, model, messages=[{"role": "user", "content": picture}]), 400)
+    refusal = error_of(chat(box, model, messages=[{"role": "user", "content": picture}]), 400)
+    assert refusal["param"].startswith("messages.0.content")
     raw = json.dumps({"model": model, "messages": [{"role": "user", "content": "\ud800"}]})
     headers = {"Authorization": f"Bearer {box.keys['ann']}"}
     answer = httpx.post(f"{box.live.url}/v1/chat/completions", content=raw, headers=headers)
