@@ -27,8 +27,11 @@ def get_upload(session: Session, upload_id: str, owner: str | None, *, lock: boo
     return row
 
 
-def open_upload(session: Session, upload_id: str, owner: str | None) -> UploadRow:
-    """The upload, locked, if it can still take parts.
+def open_upload(
+    session: Session, upload_id: str, owner: str | None, *, or_completing: bool = False
+) -> UploadRow:
+    """The upload, locked, if it can still take parts; or if it is just being completed, for whoever did so
+    may have died.
 
     Raises:
         NotFound: absent or somebody else's.
@@ -36,7 +39,7 @@ def open_upload(session: Session, upload_id: str, owner: str | None) -> UploadRo
     """
     row = get_upload(session, upload_id, owner, lock=True)
     status = upload_status(row)
-    if row.status != PENDING or status != PENDING:
+    if status != PENDING or (row.status != PENDING and not or_completing):
         raise StateConflict(f"The upload is {row.status if status == PENDING else status}: begin another.")
     return row
 

@@ -19,9 +19,9 @@ from api.services.files import Terms, on_full_disk
 from api.services.uploads import Upload, display_name, receive
 from api.services.v1.files import LIFETIMES, PURPOSES, purpose_of
 from shared.clock import utcnow
-from shared.errors import InvalidRequest, QuotaExceeded, TooLarge
+from shared.errors import InvalidRequest, QuotaExceeded, StateConflict, TooLarge
 from shared.ids import new_dataset_id, new_part_id, new_upload_id
-from shared.repository import owners, uploads
+from shared.repository import files, owners, uploads
 from shared.repository.uploads import COMPLETING, PENDING
 from shared.tables import DatasetRow, UploadPartRow, UploadRow
 
@@ -125,7 +125,7 @@ async def complete(context: Context, caller: Caller, upload_id: str, wanted: Com
 
     Raises:
         NotFound: no such upload, or somebody else's.
-        StateConflict: the upload is not open any more.
+        StateConflict: the upload is not open any more, or another request has completed it meanwhile.
         InvalidRequest: the parts don't add up to the file's size, or to its MD5.
         Unavailable: the disk or the store has no room for it.
     """
@@ -197,7 +197,7 @@ def _begin(
     context: Context, caller: Caller, upload_id: str, part_ids: Sequence[str]
 ) -> tuple[UploadRow, list[UploadPartRow]]:
     with context.database.write() as session:
-        row = uploads.open_upload(session, upload_id, caller.scope)
+        row = uploads.open_upload(session, upload_id, caller.scope, or_completing=True)
         parts = uploads.parts_in_order(session, upload_id, part_ids)
         found = sum(part.bytes for part in parts)
         if found != row.bytes:
@@ -236,9 +236,15 @@ def _reopen(context: Context, upload_id: str) -> None:
 def _end(context: Context, caller: Caller, upload_id: str, file: DatasetRow) -> UploadV1:
     with context.database.write() as session:
         row = uploads.get_upload(session, upload_id, caller.scope, lock=True)
-        row.status, row.file_id = "completed", file.id
-        keys = uploads.forget_parts(session, upload_id)
+        first = uploads.is_unfinished(row)
+        if first:
+            row.status, row.file_id = "completed", file.id
+            keys = uploads.forget_parts(session, upload_id)
+        else:
+            keys = [files.delete_file(session, files.get_file(session, file.id, None))]
     _delete(context, keys)
+    if not first:
+        raise StateConflict(f"The upload was {row.status} meanwhile.")
     return UploadV1.of(row, file)
 
 

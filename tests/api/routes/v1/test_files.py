@@ -12,6 +12,7 @@ import pytest
 from api.services.v1 import uploads
 from shared.clock import utcnow
 from shared.expired import remove_expired
+from shared.repository.uploads import COMPLETING
 from shared.tables import DatasetRow, UploadRow
 from tests.api.conftest import GOOD_ROW, SPEC, Api, error_of
 from tests.api.routes.test_queue import use_settings
@@ -195,6 +196,32 @@ async def test_an_upload_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -
     error_of(await api.bob.post("/v1/uploads", json=huge), 413)
     for wrong in ({"purpose": "other"}, {"bytes": 0}, {"bytes": "10"}, {"mime_type": None}, {"more": 1}):
         assert error_of(await api.bob.post("/v1/uploads", json=body | wrong), 400)["param"] in wrong
+
+
+async def test_an_upload_whose_completion_was_cut_off_is_completed_again(api: Api) -> None:
+    """As after a kill in between."""
+    upload_id = await begin(api)
+    part_id = await part(api, upload_id, ROWS)
+    with api.database.write() as session:
+        row = session.get(UploadRow, upload_id)
+        assert row is not None
+        row.status = COMPLETING
+    error_of(await api.ann.post(f"/v1/uploads/{upload_id}/cancel"), 409)
+    answer = await api.ann.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": [part_id]})
+    assert answer.json()["status"] == "completed"
+    assert answer.json()["file"]["bytes"] == len(ROWS)
+
+
+async def test_who_completes_an_upload_second_makes_no_second_file(api: Api) -> None:
+    upload_id = await begin(api)
+    part_id = await part(api, upload_id, ROWS)
+    path = f"/v1/uploads/{upload_id}/complete"
+    answers = await asyncio.gather(*(api.ann.post(path, json={"part_ids": [part_id]}) for _ in range(4)))
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes[0] == 200
+    # Parts that are gone already are a store that did not answer.
+    assert set(codes[1:]) <= {409, 503}
+    assert len((await api.ann.get("/v1/files")).json()["data"]) == 1
 
 
 async def test_an_upload_whose_time_is_over_goes_with_its_parts(api: Api) -> None:
