@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from sqlalchemy import or_
+from sqlalchemy import func, or_
 from sqlmodel import Session, col, select
 
 from shared.clock import utcnow
@@ -71,13 +72,26 @@ def get_artifact(session: Session, job_id: str, name: str) -> ArtifactRow:
     return row
 
 
-def jobs_with_models(session: Session, owner: str | None) -> list[Job]:
-    """Jobs whose models are there to be used, the newest first."""
+class Made(NamedTuple):
+    """What a job has made: of a list of thousands, no more than is shown."""
+
+    model: str
+    owner: str
+    job_name: str | None
+    job_id: str
+    moment: datetime
+
+
+def made_models(session: Session, owner: str | None) -> list[Made]:
+    """Models of jobs that are there to be used, the newest first."""
     made = select(ArtifactRow.job_id).where(col(ArtifactRow.kind).not_in(RECORDS))
-    statement = select(Job).where(Job.status == JobStatus.SUCCEEDED, col(Job.id).in_(made))
+    moment = func.coalesce(Job.finished_at, Job.created_at)
+    columns: tuple[Any, ...] = (Job.model, Job.owner, col(Job.spec)["name"].as_string(), Job.id, moment)
+    statement = select(*columns).where(Job.status == JobStatus.SUCCEEDED, col(Job.id).in_(made))
     if owner is not None:
         statement = statement.where(Job.owner == owner)
-    return list(session.exec(statement.order_by(col(Job.created_at).desc(), col(Job.id).desc())))
+    rows = session.exec(statement.order_by(col(Job.created_at).desc(), col(Job.id).desc()))
+    return [Made(*row) for row in rows]
 
 
 def has_model(session: Session, job_id: str) -> bool:

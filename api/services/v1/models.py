@@ -14,6 +14,7 @@ from shared.lifecycle import JobStatus
 from shared.model_names import TunedModel, parse_tuned_model, tuned_model
 from shared.models import find_model, list_models
 from shared.repository import files, jobs, logs
+from shared.repository.files import Made
 from shared.settings import Settings
 from shared.spec import DEFAULT_MODEL, RepositoryId
 from shared.tables import Job
@@ -24,9 +25,12 @@ WILDCARDS = re.compile(r"[*?\[]")
 
 
 def list_all(context: Context, caller: Caller) -> ListV1[ModelV1]:
-    """What can be fine-tuned, and what the caller has fine-tuned and not deleted, the newest first."""
+    """What can be fine-tuned, and what the caller has fine-tuned and not deleted, the newest first.
+
+    All of it, for OpenAI's clients know no pages of this list.
+    """
     with context.database.read() as session:
-        tuned = [_tuned(job) for job in files.jobs_with_models(session, caller.scope)]
+        tuned = [_tuned(made) for made in files.made_models(session, caller.scope)]
     return ListV1.of([*(_base(name) for name in _base_models(context.settings)), *tuned])
 
 
@@ -42,7 +46,8 @@ def get(context: Context, caller: Caller, name: str) -> ModelV1:
     with context.database.read() as session:
         job = _job_of(session, caller, name, parsed)
         if parsed.step is None:
-            return _tuned(job)
+            moment = job.finished_at or job.created_at
+            return _tuned(Made(job.model, job.owner, job.spec["name"], job.id, moment))
         made = {row.step: row.created_at for row in logs.read_checkpoints(session, job.id)}
     if parsed.step not in made:
         raise _absent(name)
@@ -112,10 +117,9 @@ def _job_of(session: Session, caller: Caller, name: str, parsed: TunedModel) -> 
     return job
 
 
-def _tuned(job: Job) -> ModelV1:
-    made = job.finished_at or job.created_at
-    name = tuned_model(job.model, job.owner, job.spec["name"], job.id)
-    return ModelV1(id=name, created=seconds(made), owned_by=job.owner)
+def _tuned(made: Made) -> ModelV1:
+    name = tuned_model(made.model, made.owner, made.job_name, made.job_id)
+    return ModelV1(id=name, created=seconds(made.moment), owned_by=made.owner)
 
 
 def _absent(name: str) -> NotFound:
