@@ -224,7 +224,10 @@ def nothing_is_done_twice(truth: Truth) -> Iterator[str]:
 
 def nothing_is_orphaned(truth: Truth) -> Iterator[str]:
     """No file without a row, no work folder without a job or of an attempt that is over, no row of a
-    checkpoint that no box has."""
+    checkpoint that no box has, nor of a job that is gone."""
+    for table, count in truth.left_rows.items():
+        if count:
+            yield f"{count} rows of {table} are of no job"
     keys = {row.key for row in (*truth.artifacts, *truth.files)} | truth.part_keys
     for key in truth.stored.keys() - keys:
         yield f"{key} is in the store and nobody's"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlmodel import select
+from sqlmodel import col, select
 
 from shared.database import Database
 from shared.repository import logs, tallies
@@ -22,7 +22,11 @@ from shared.tables import (
     CheckpointRow,
     DatasetRow,
     ExportTask,
+    IdempotencyKey,
     Job,
+    JobLabel,
+    LogEntry,
+    Metric,
     OwnerRow,
     UploadPartRow,
 )
@@ -82,7 +86,7 @@ class Truth:
 
     `stored` are the store's files: bytes and SHA-256 by key. `work` are the work folders' entries, two levels
     deep, as paths, `uploads` what uploads left behind, `checkpoints_on_disk` the steps that any box has, by
-    job.
+    job. `left_rows` are the numbers of rows by table whose job is gone.
     """
 
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -100,6 +104,7 @@ class Truth:
     work: list[str] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
     checkpoints_on_disk: dict[str, set[int]] = field(default_factory=dict)
+    left_rows: Counter[str] = field(default_factory=Counter)
 
 
 def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Truth:
@@ -120,6 +125,14 @@ def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Tru
         ended = tallies.read(session, None, [tallies.JOBS])[tallies.JOBS]
         truth.ended = Counter({status: found.times for status, found in ended.items() if found.times})
         truth.owners = {owner.name: owner for owner in session.exec(select(OwnerRow))}
+        for of, known in (
+            (LogEntry.job_number, Job.number),
+            (Metric.job_number, Job.number),
+            (JobLabel.job_id, Job.id),
+            (IdempotencyKey.job_id, Job.id),
+        ):
+            left = select(of).where(col(of).not_in(select(known)))
+            truth.left_rows[str(of)] += len(session.exec(left).all())
     store = Store(settings.artifacts())
     for file in store.list_files():
         digest = hashlib.sha256()

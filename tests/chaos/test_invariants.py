@@ -211,6 +211,11 @@ BROKEN: list[tuple[str, str, Change]] = [
         lambda r: r.truth.entries[JOB].__setitem__(2, entry(3, FROM, 0)),
     ),
     ("stray", "is in the store and nobody's", lambda r: r.truth.stored.update({"jobs/x": (1, "x")})),
+    (
+        "rows left",
+        "2 rows of Metric.job_number are of",
+        lambda r: r.truth.left_rows.update({"Metric.job_number": 2}),
+    ),
     ("upload left", "is of an upload that is over", lambda r: r.truth.uploads.append("file-9")),
     ("work of no job", "is of no job", lambda r: r.truth.work.append("ftjob-two")),
     ("work left", "is of an attempt that is over", lambda r: r.truth.work.append(f"{JOB}/1-a")),
