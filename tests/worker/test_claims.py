@@ -25,6 +25,7 @@ from tests.worker.conftest import Start
 from tests.worker.test_supervisor import child_pid, entries
 from worker import claims
 from worker.claims import Claims
+from worker.reservations import RESERVED, Promise, Reservation, free_bytes, put_off
 
 GIB = 1 << 30
 SMALL, LARGE = Device("cuda", 0, "small", 24 * GIB), Device("cuda", 1, "large", 80 * GIB)
@@ -232,3 +233,19 @@ def test_one_owners_jobs_that_fit_nowhere_do_not_hide_the_others(box: Claims, da
         make_job(database, name="job 90")
     other = make_job(database, owner="bob", name="job 10")
     assert claimed(box, SMALL) == [(other, [0])]
+
+
+def test_a_job_without_disk_room_is_passed_by_until_there_is_some(
+    box: Claims, database: Database, settings: Settings
+) -> None:
+    waits, behind = make_job(database, name="job 10"), make_job(database, name="job 10")
+    most = free_bytes(settings.root) * 6 // 10
+    held = Reservation(settings.root / "cache" / RESERVED)
+    held.hold([Promise.of(most, [settings.root / "work"])])
+    put_off(settings.root / "cache" / RESERVED, waits, {str(settings.root / "work"): most})
+    assert claimed(box, SMALL, LARGE) == [(behind, [1])]
+    # Nor does anybody make way for it.
+    assert box.first(5) == []
+    held.close()
+    assert [job.id for job in box.first(5)] == [waits]
+    assert claimed(box, SMALL) == [(waits, [0])]
