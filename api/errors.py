@@ -163,8 +163,8 @@ def _sentence(finding: Mapping[str, Any]) -> str:
     if kind == "union_tag_invalid":
         return f"{name} must be one of {context['expected_tags']}."
     if kind in ("too_long", "string_too_long"):
-        length = context.get("actual_length", "more")
-        return f"{name} is too long: {length}, where {context['max_length']} is the most."
+        found = f"{context['actual_length']}, where " if context.get("actual_length") else ""
+        return f"{name} is too long: {found}{context['max_length']} is the most."
     if kind in ("too_short", "string_too_short"):
         return f"{name} is too short: at least {context['min_length']} is needed."
     message = str(finding["msg"])

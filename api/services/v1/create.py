@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from api.errors import read_body
 from api.services.jobs import load_json
 from shared.errors import InvalidRequest
+from shared.model_names import PREFIX
 from shared.spec import FILE_ID, JobSpec, TrainingSpec, WandbName, WandbSpec
 
 HUB = "hub:"
@@ -126,7 +127,7 @@ def multiplier(learning_rate: float) -> float:
 
 
 def _document(asked: _Create) -> dict[str, Any]:
-    _refuse_openais_models(asked.model)
+    _refuse_other_models(asked.model)
     _refuse_other_methods(asked)
     document = dict(asked.model_extra or {})
     for name in ("dataset", "validation_dataset"):
@@ -155,7 +156,12 @@ def _document(asked: _Create) -> dict[str, Any]:
     return document | {"training": training}
 
 
-def _refuse_openais_models(model: str) -> None:
+def _refuse_other_models(model: str) -> None:
+    if model.startswith(PREFIX):
+        raise InvalidRequest(
+            "A fine-tuned model can't be trained further here: name its base model, and train on all rows.",
+            param="model",
+        )
     if OPENAIS.fullmatch(model):
         raise InvalidRequest(
             f"{model} is OpenAI's own and is nowhere to be had. GET /v1/models lists this server's base "

@@ -104,6 +104,7 @@ def test_models_of_the_hub_that_are_called_alike_are_none_of_openais(name: str) 
         ({"training_file": None}, "training_file", "invalid_type"),
         ({"model": "gpt-4o-mini-2024-07-18"}, "model", "model_not_found"),
         ({"model": "davinci-002"}, "model", "model_not_found"),
+        ({"model": "ft:owner/base:ann:x:" + "0" * 24}, "model", "invalid_value"),
         ({"training_file": "rows.jsonl"}, "training_file", "invalid_value"),
         ({"suffix": "x" * 65}, "suffix", "out_of_range"),
         ({"seed": -1}, "seed", "out_of_range"),
