@@ -213,8 +213,7 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
                 pipeline(spec, plan, workdir, told, control)
             sink.results(workdir.root)
     except NoRoomYet as error:
-        # Noted before the job is in the queue again, where supervisors of this box find it.
-        put_off(settings.root / "cache" / RESERVED, order.export_id or order.job_id, error.needs)
+        _note_wait(settings.root / "cache" / RESERVED, order, error)
         sink.give_back(error.message)
     except JobStopped:
         sink.give_back("The worker asked it to stop.")
@@ -238,6 +237,15 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
         sink.finish(JobStatus.FAILED, entry, failure)
     else:
         sink.finish(JobStatus.SUCCEEDED, Entry("Succeeded."))
+
+
+def _note_wait(reserved: Path, order: Order, error: NoRoomYet) -> None:
+    """Before the job is in the queue again, where supervisors of this box find it."""
+    try:
+        put_off(reserved, order.export_id or order.job_id, error.needs)
+    except OSError as failed:
+        # Not one byte is left. It will be tried again all the same, only sooner.
+        logger.warning("What the job waits for could not be noted: %s", failed)
 
 
 def _read_job(order: Order, settings: Settings, database: Database) -> tuple[JobSpec, Plan, dict[str, str]]:
