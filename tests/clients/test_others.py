@@ -8,9 +8,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
+from shared.storage import Store
 from tests.clients.conftest import MODEL, ROWS, Box
+from tests.conftest import wait_for
+from tests.samples import bundled_gguf, put_gguf
 
 NODE_CLIENT = "openai@7.57.0"
 PROGRAM = Path(__file__).with_name("walkthrough.mjs")
@@ -59,7 +63,7 @@ def test_curl(box: Box, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("npm") is None or shutil.which("node") is None, reason="no Node")
-def test_the_node_client(box: Box, tmp_path: Path) -> None:
+def test_the_node_client(box: Box, client: openai.OpenAI, tmp_path: Path) -> None:
     shutil.copy(PROGRAM, tmp_path)
     options = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--prefer-offline"]
     installed = subprocess.run(
@@ -72,8 +76,12 @@ def test_the_node_client(box: Box, tmp_path: Path) -> None:
     )
     if installed.returncode != 0:
         pytest.skip(f"npm could not fetch {NODE_CLIENT}: {installed.stderr[-300:]}")
+    file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id, suffix="succeed")
+    name = wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model)
+    put_gguf(box.database, Store(box.settings.artifacts()), job.id, bundled_gguf())
     done = subprocess.run(
-        [str(shutil.which("node")), PROGRAM.name, f"{box.url}/v1", box.ann, MODEL],
+        [str(shutil.which("node")), PROGRAM.name, f"{box.url}/v1", box.ann, MODEL, name],
         cwd=tmp_path,
         capture_output=True,
         text=True,
