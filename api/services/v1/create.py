@@ -26,6 +26,9 @@ WANDB = "wandb"
 OPENAIS = re.compile(r"(gpt-[345]|chatgpt-|o\d|babbage-002|davinci-002)[A-Za-z0-9.:-]*")
 # What a multiplier of 1 is.
 LEARNING_RATE: float = TrainingSpec.model_fields["learning_rate"].default
+# What `auto` makes of the number of rows.
+EPOCHS, MOST_EPOCHS = 3, 25
+FEWEST_ROWS, MOST_ROWS = 100, 25_000
 METHOD = "method.supervised.hyperparameters"
 # Where OpenAI's body has what the spec calls so, the longest names first.
 PLACES = {
@@ -97,8 +100,11 @@ class _Create(_Body):
     integrations: Annotated[list[_Integration], Field(max_length=1)] | None = None
 
 
-def parse_create(body: bytes) -> JobSpec:
+def parse_create(body: bytes, rows_of: Callable[[str], int | None] = lambda _: None) -> JobSpec:
     """The spec that OpenAI's body asks for.
+
+    Args:
+        rows_of: how many rows the file of this id has to train on, where that is known.
 
     Raises:
         MalformedRequest: the body is not JSON, or names a key twice.
@@ -107,7 +113,22 @@ def parse_create(body: bytes) -> JobSpec:
     with suppress(ValueError, RecursionError):
         load_json(body)
     asked = read_body(_Create, body)
-    return read_body(JobSpec, json.dumps(_document(asked)))
+    document = _document(asked)
+    if "num_train_epochs" not in document["training"] and (rows := rows_of(asked.training_file)):
+        most = document.get("max_samples")
+        counted = min(rows, most) if isinstance(most, int) and most > 0 else rows
+        document["training"]["num_train_epochs"] = auto_epochs(counted)
+    return read_body(JobSpec, json.dumps(document))
+
+
+def auto_epochs(rows: int) -> int:
+    """How often so many rows are gone through where nobody says: as OpenAI's guide has it.
+
+    Three times; oftener where that is no hundred rows in all, and less often where it is more than 25,000.
+    """
+    if rows * EPOCHS < FEWEST_ROWS:
+        return min(MOST_EPOCHS, FEWEST_ROWS // rows)
+    return min(EPOCHS, max(1, MOST_ROWS // rows))
 
 
 def in_openai_terms(work: Callable[[], Answer]) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from api.services.jobs import Filters
 from api.services.v1.create import HUB, WANDB, in_openai_terms, multiplier, parse_create
 from shared.clock import utcnow
 from shared.database import Database
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, NotFound
 from shared.lifecycle import FailureCode, JobStatus
 from shared.model_names import JOB_PREFIX, tuned_model
 from shared.repository import files, logs
@@ -70,7 +71,7 @@ def create(context: Context, caller: Caller, body: bytes, idempotency_key: str |
         caller,
         body,
         idempotency_key,
-        parse_create,
+        partial(parse_create, rows_of=partial(_rows_of, context.database, caller)),
     )
     return shown(context.database, [in_openai_terms(made)])[0]
 
@@ -131,6 +132,13 @@ def list_checkpoints(
         for row in rows[:limit]
     ]
     return ListV1.of(data, has_more=len(rows) > limit)
+
+
+def _rows_of(database: Database, caller: Caller, file_id: str) -> int | None:
+    with database.read() as session, suppress(NotFound):
+        report = files.get_dataset(session, file_id, caller.name).report or {}
+        return report.get("rows_used")
+    return None
 
 
 def _job(job: JobOut, results: list[str], last: Mapping[str, Any]) -> JobV1:

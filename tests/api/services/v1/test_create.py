@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.services.v1.create import in_openai_terms, multiplier, parse_create
+from api.services.v1.create import auto_epochs, in_openai_terms, multiplier, parse_create
 from shared.errors import InvalidRequest, MalformedRequest
 from shared.spec import FileDataset, HubDataset, JobSpec, WandbSpec
 
@@ -42,6 +42,24 @@ def test_the_least_is_a_job_with_the_defaults() -> None:
         integrations=None,
     )
     assert same == parse()
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"),
+    [(1, 25), (4, 25), (10, 10), (33, 3), (34, 3), (8333, 3), (8334, 2), (12_501, 1), (10**6, 1)],
+)
+def test_auto_goes_oftener_through_few_rows(rows: int, epochs: int) -> None:
+    assert auto_epochs(rows) == epochs
+
+
+def test_auto_counts_the_rows_that_are_asked_for() -> None:
+    def epochs(**fields: Any) -> float:
+        return parse_create(json.dumps(BODY | fields).encode(), lambda _: 8334).training.num_train_epochs
+
+    assert epochs() == epochs(method=method(n_epochs="auto")) == epochs(training={"max_steps": 2}) == 2
+    assert epochs(max_samples=20) == 5
+    assert epochs(method=method(n_epochs=7)) == epochs(training={"num_train_epochs": 7}) == 7
+    assert refused(max_samples=-1).param == "max_samples"
 
 
 def test_every_field_has_its_place() -> None:
