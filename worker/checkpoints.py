@@ -55,15 +55,16 @@ def move_checkpoints(source: Path, target: Path) -> None:
         OSError: the disk is full or broken. What is not moved stays where it was.
     """
     for step, path in complete_checkpoints(source).items():
-        target.mkdir(mode=0o700, exist_ok=True)
-        try:
-            path.rename(checkpoint_folder(target, step))
-        except FileNotFoundError:
-            continue  # Somebody else was quicker.
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            discard(path)
+        while path.exists():
+            target.mkdir(mode=0o700, exist_ok=True)
+            try:
+                path.rename(checkpoint_folder(target, step))
+            except FileNotFoundError:
+                continue  # Somebody else was quicker, or has just swept the empty target away.
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                discard(path)
 
 
 def take_over(job: Path, target: Path) -> None:

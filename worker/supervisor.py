@@ -34,12 +34,11 @@ from worker.preempt import preempt
 from worker.process import Process
 from worker.reporting import reporter_environment
 from worker.requests import heed_requests
-from worker.reservations import RESERVED
 from worker.retention import collect_in_background
 from worker.secrets import OwnerSecrets
 from worker.settle import keep_checkpoints, settle
 from worker.standby import Standbys
-from worker.sweep import SWEEP_SECONDS, remove_in_background, sweep, sweep_notes
+from worker.sweep import SWEEP_SECONDS, Sweeper, remove_in_background
 from worker.usage import Usage
 
 SEEN_SECONDS = 5.0
@@ -90,6 +89,7 @@ class Supervisor:
         self._claims = Claims(settings, database, self._worker.id, slots)
         self._secrets = OwnerSecrets(settings, database)
         self._usage = Usage(slots)
+        self._sweeper = Sweeper(database, settings.root)
         self._work = settings.root / "work"
         self._compile_cache = settings.root / "cache" / COMPILED
         self._exports = Exports(
@@ -111,6 +111,7 @@ class Supervisor:
             self._listener.stop()
             self._usage.stop()
             self._hand_back_all()
+            self._sweeper.join(KILLED_SECONDS)
 
     def stop(self) -> None:
         """Ask `run` to end. Takes a lock: call it from a thread, not from a signal handler."""
@@ -130,8 +131,7 @@ class Supervisor:
         if now >= self._recover_after:
             self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
-            sweep(self._database, self._work)
-            sweep_notes(self._database, self._settings.root / "cache" / RESERVED)
+            self._sweeper.begin()
             self._swept = now
         if now - self._collected >= COLLECT_SECONDS:
             collect_in_background(self._database, self._settings)

@@ -269,6 +269,36 @@ def test_the_sweep_keeps_the_checkpoints_of_attempts_that_died_with_their_superv
     assert wait_for(lambda: not attempt.exists())
 
 
+def test_an_ended_job_that_has_nothing_left_has_no_folder(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    ended, kept, paused = (make_job(database) for _ in range(3))
+    with database.write() as session:
+        for job_id in (ended, kept):
+            jobs.request_cancel(session, job_id, None)
+    for job_id in (ended, kept, paused):
+        (work / job_id / FOLDER).mkdir(parents=True)
+    (checkpoint,) = complete_checkpoints(make_checkpoints(work / kept / FOLDER, 5)).values()
+    sweep(database, work)
+    assert {folder.name for folder in work.iterdir()} == {kept, paused}
+    assert checkpoint.is_dir()
+    # A sweep may come between the making of the folder and the move into it.
+    attempt = make_checkpoints(work / ended / "1-dead", 5)
+    target, rename, swept = work / ended / FOLDER, Path.rename, []
+
+    def sweep_first(path: Path, to: Path) -> Path:
+        if not swept:
+            swept.append(target)
+            target.rmdir()
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", sweep_first)
+    move_checkpoints(attempt, target)
+    assert swept
+    assert list(complete_checkpoints(target)) == [5]
+
+
 def test_a_job_whose_checkpoint_is_on_another_machine_says_that_it_begins_anew(
     start: Start, database: Database, tmp_path: Path
 ) -> None:
