@@ -7,15 +7,22 @@ Tolerances. All engines start from the same adapters and see the same rows witho
 product keeps 8 bits, and each engine rounds at other places: losses agree to 1%. nf4 and float8 replace the
 weights themselves by others that lie some per cent away, which moves the loss from the first step on: they
 get bounds of their own, against the reference with the same quantisation where there is one.
+
+How far a gradient in bfloat16 is from that in float32 is the model's own: each layer rounds what the ones
+before it have rounded, which random weights of 32 layers bring to 8%. So an engine may be no further off
+than the reference is in bfloat16, and a little. Rounding has no direction: what is lost or counted twice
+shows along the float32 gradient, where each engine must be as long as it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +36,35 @@ pytestmark = pytest.mark.train
 
 STEPS = 50
 ROOT = Path(__file__).parents[2]
-# Name: what runs, whom it is compared with, bounds of the loss at every step and of the gradients (relative).
+# An engine's gradients may be so much further from float32's than the reference's in bfloat16.
+NO_FURTHER = 1.1
+# And that one by so much at most.
+REFERENCE_OFF = 0.12
+# Name: what runs, whom it is compared with, relative bounds of the loss at every step, of the gradients'
+# length along float32's, and of their distance from it where that isn't the reference's own.
 RUNS: dict[str, dict[str, Any]] = {
     "reference": {"order": {"engine": "reference"}},
     "fp32": {"order": {"engine": "reference", "precision": "fp32", "steps": 1, "checkpointing": "all"}},
     "reference-4bit": {"order": {"engine": "reference", "quantization": "4bit"}},
-    "compiled": {"order": {"engine": "compiled"}, "with": "reference", "loss": 0.01, "gradient": 0.05},
+    "compiled": {"order": {"engine": "compiled"}, "with": "reference", "loss": 0.01, "along": 0.02},
     "compiled-some": {
         "order": {"engine": "compiled", "checkpointing": "some"},
         "with": "reference",
         "loss": 0.01,
-        "gradient": 0.05,
+        "along": 0.02,
     },
     "fp8": {
         "order": {"engine": "compiled", "precision": "fp8"},
         "with": "reference",
         "loss": 0.03,
+        "along": 0.05,
         "gradient": 0.25,
     },
     "unsloth": {
         "order": {"engine": "unsloth", "checkpointing": "all"},
         "with": "reference",
         "loss": 0.01,
-        "gradient": 0.05,
+        "along": 0.02,
     },
     "unsloth-4bit": {
         "order": {"engine": "unsloth", "quantization": "4bit", "checkpointing": "all"},
@@ -107,21 +120,41 @@ def test_losses_agree_at_every_step(runs: Any, name: str) -> None:
     assert expected[-1] < expected[0]
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARED if "gradient" in RUNS[name]])
+@pytest.mark.parametrize("name", [name for name in COMPARED if "along" in RUNS[name]])
 def test_gradients_agree_with_the_reference_in_float32(runs: Any, name: str) -> None:
-    runs("fp32")
-    found, expected = load_file(runs(name)["gradients"]), load_file(runs("fp32")["gradients"])
+    exact = load_file(runs("fp32")["gradients"])
+    reference = distance(load_file(runs("reference")["gradients"]), exact)
+    found = distance(load_file(runs(name)["gradients"]), exact)
+    print(f"{name}: gradients off by {found}, the reference in bfloat16 by {reference}")
+    assert reference.whole < REFERENCE_OFF
+    allowed = RUNS[name].get("gradient", NO_FURTHER * reference.whole)
+    assert found.whole < allowed
+    assert abs(found.along - 1) < RUNS[name]["along"]
+    # A matrix whose gradient is next to nothing is mostly rounding.
+    assert found.worst < 3 * allowed
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far all matrices together and the worst one are off, and the length along what is expected."""
+
+    whole: float
+    worst: float
+    along: float
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Distance:
     assert found.keys() == expected.keys()
     assert len(found) > 100
-    off = {n: float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected}
-    whole = float(
-        sum(((found[n] - expected[n]) ** 2).sum() for n in expected) ** 0.5
-        / sum((expected[n] ** 2).sum() for n in expected) ** 0.5
+    apart = {name: float((found[name] - expected[name]).norm()) for name in expected}
+    norms = {name: float(expected[name].norm()) for name in expected}
+    squared = math.fsum(norm**2 for norm in norms.values())
+    products = math.fsum(float((found[name] * expected[name]).sum()) for name in expected)
+    return Distance(
+        whole=math.sqrt(math.fsum(off**2 for off in apart.values()) / squared),
+        worst=max(apart[name] / norms[name] for name in expected),
+        along=products / squared,
     )
-    print(f"{name}: gradients off by {whole:.4f}, the worst matrix by {max(off.values()):.4f}")
-    assert whole < RUNS[name]["gradient"]
-    # A matrix whose gradient is next to nothing is mostly rounding.
-    assert max(off.values()) < 6 * RUNS[name]["gradient"]
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "fp32"])
