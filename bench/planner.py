@@ -38,6 +38,8 @@ from shared.spec import JobSpec
 STEPS = 5
 ROWS = 700
 POINT_SECONDS = 150
+# Processes that import the engine's stack while another measures.
+AHEAD = 3
 MEMORY_BOUND, SPEED_BOUND = 0.10, 0.25
 
 
@@ -176,51 +178,67 @@ def measure_all(points: list[Point], models: Path, output: Path, deadline: float
         assert making.exitcode == 0
     write_rows(models / "rows.jsonl", ROWS)
     import_stack(missing[0].engine)
-    for point in missing:
+    apart = [Apart(point, models) for point in missing]
+    for number, point in enumerate(missing):
         if time.monotonic() > deadline:
             break
+        for ahead in apart[number : number + 1 + AHEAD]:
+            ahead.start()
         began = time.monotonic()
-        found = measure_apart(point, models)
+        found = apart[number].measured()
         line = {"point": asdict(point), **found, "seconds": round(time.monotonic() - began, 1)}
         print(json.dumps(line), flush=True)
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def measure_apart(point: Point, models: Path) -> dict[str, Any]:
-    """Measure in a process of its own, so that every point finds an empty GPU.
+class Apart:
+    """A point in a process of its own, so that each finds an empty GPU.
 
-    A fork of this one is quickest; where the import has opened the GPU already, a fork could not use it, and
-    a new process has to import anew.
+    A fork of this one is quickest; where the import has opened the GPU already, a fork could not use it. A
+    new process has to import anew: it is started ahead, and waits with its imports done.
     """
-    import torch
 
-    opened = torch.cuda.is_initialized()
-    context: Any = multiprocessing.get_context("spawn" if opened else "fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=report_point, args=(point, models, sender))
-    process.start()
-    sender.close()
-    found: dict[str, Any] = {"error": f"no result within {POINT_SECONDS} s"}
-    try:
-        if receiver.poll(POINT_SECONDS):
-            found = receiver.recv()
-    except EOFError:
-        found = {"error": "the process ended without a result"}
-    process.join(10)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return found
+    def __init__(self, point: Point, models: Path) -> None:
+        import torch
+
+        opened = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        context: Any = multiprocessing.get_context("spawn" if opened else "fork")
+        self._here, self._there = context.Pipe()
+        self._process = context.Process(target=report_point, args=(point, models, self._there), daemon=True)
+
+    def start(self) -> None:
+        if self._process.pid is None:
+            self._process.start()
+            self._there.close()
+
+    def measured(self) -> dict[str, Any]:
+        """Let it measure, and give what it found, or its error."""
+        found: dict[str, Any] = {"error": f"no result within {POINT_SECONDS} s"}
+        try:
+            self._here.send("measure")
+            if self._here.poll(POINT_SECONDS):
+                found = self._here.recv()
+        except (EOFError, OSError):
+            found = {"error": "the process ended without a result"}
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        return found
 
 
-def report_point(point: Point, models: Path, sender: Connection) -> None:
+def report_point(point: Point, models: Path, told: Connection) -> None:
     """Send what `measure` finds, or its error, for the other points are to go on."""
+    from worker.training.stack import import_stack
+
+    import_stack(point.engine)
+    told.recv()
     try:
-        sender.send(measure(point, models))
+        told.send(measure(point, models))
     except Exception as error:  # noqa: BLE001 - the boundary of a process; what went wrong is in the file
-        sender.send({"error": f"{type(error).__name__}: {str(error)[:300]}"})
-    sender.close()
+        told.send({"error": f"{type(error).__name__}: {str(error)[:300]}"})
+    told.close()
 
 
 def measure(point: Point, models: Path) -> dict[str, Any]:
