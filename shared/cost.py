@@ -71,7 +71,7 @@ ENGINES: dict[EngineName, EngineCosts] = {
     # Layer inputs wait in the host's memory: one layer's activations are all that the GPU holds.
     "unsloth": EngineCosts(
         checkpointing=("none", "all"),
-        hidden=8, queries=4, keys=4, intermediate=6, adapters=0, dropout=2.75,
+        hidden=5, queries=3, keys=3, intermediate=4, adapters=0, dropout=1.7,
         boundary=0, buffers=1, mask=0, logits=1024 * 4,
         efficiency=0.44, with_4bit=0.94, with_dropout=0.91, with_fp8=1.0, layer_seconds=1.5e-3, varlen=True,
     ),
