@@ -29,6 +29,11 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+# The first five tokens of the answer are far ahead of the others: a GPU and a CPU, which multiply the 4-bit
+# weights by states that they round differently, must not part there.
+QUESTION = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
+
+
 def gpu_bytes() -> int:
     """Memory of all GPUs that is in use."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -45,19 +50,19 @@ async def test_a_gpu_answers_as_the_cpu_does_until_a_job_wants_it(
     models = Models(idle, Store(idle.artifacts()), Placement(idle, database))
     before = gpu_bytes()
     try:
-        first = await ask(models, "a", max_tokens=12)
+        first = await ask(models, "a", messages=QUESTION, max_tokens=12)
         (process,) = processes()
         assert process.environ()["CUDA_VISIBLE_DEVICES"] != ""
         assert gpu_bytes() - before > bundled_gguf().stat().st_size, "the model isn't on the GPU"
         make_job(database)
         await models.sweep()
         assert processes() == []
-        second = await ask(models, "a", max_tokens=12)
+        second = await ask(models, "a", messages=QUESTION, max_tokens=12)
         (process,) = processes()
         assert process.environ()["CUDA_VISIBLE_DEVICES"] == ""
         assert isinstance(first[-1], Done)
         one, other = ([e.text for e in events if isinstance(e, Text)] for events in (first, second))
-        # Rounding may part them later on.
-        assert one[:3] == other[:3]
+        assert one[:5] == other[:5]
+        assert len(one[:5]) == 5
     finally:
         await models.close()
