@@ -1,6 +1,6 @@
 """How near `/v1` is to OpenAI's API: route by route, field by field, by the official client's own types.
 
-    .venv/bin/python bench/openai_compat.py
+    python -m bench.openai_compat
 
 starts a server and a worker of its own, trains the bundled model for two steps, makes every call that the
 client has for fine-tuning, files, uploads, models, answers and webhooks, and holds each answer's JSON against
