@@ -20,6 +20,7 @@ from tests.worker.training.samples import (
     run_job,
     write_rows,
 )
+from tests.worker.training.test_merge_4bit import check_merge
 from worker.training.data import prepare_data
 from worker.training.engines.reference import load_model
 from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
@@ -47,6 +48,10 @@ def test_every_export_comes_out_of_a_run_in_bf16(tmp_path: Path, tiny_model: Pat
     assert losses[0] == pytest.approx(expected[0], rel=5e-3)
     assert losses == pytest.approx(expected, rel=5e-2)
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_a_4bit_job_is_merged_into_the_16_bit_weights(tmp_path: Path, tiny_model: Path) -> None:
+    check_merge(tmp_path, tiny_model, device="cuda", precision="bf16")
 
 
 def test_recomputing_activations_takes_less_memory(tmp_path: Path, tiny_model: Path) -> None:
