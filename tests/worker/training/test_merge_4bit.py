@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -19,7 +20,7 @@ def test_a_4bit_job_is_merged_into_the_16_bit_weights(tmp_path: Path, tiny_model
     check_merge(tmp_path, tiny_model)
 
 
-def check_merge(tmp_path: Path, tiny_model: Path, **plan: str) -> None:
+def check_merge(tmp_path: Path, tiny_model: Path, **plan: Any) -> None:
     """Train on 4-bit weights, and hold the merged ones to the 16-bit ones with the adapter."""
     spec = make_spec({"max_steps": 4}, exports=["adapter", "merged_16bit"])
     done = run_job(spec, new_workdir(tmp_path, tiny_model), quantization="4bit", **plan)
