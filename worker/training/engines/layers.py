@@ -184,11 +184,13 @@ def ready_adapters(model: Any) -> None:
     """
     if model.training:
         model.lora_seeds.random_(0, MAX_INT32)
-    places, ups = [], []
+    places, ups, scalings = [], [], []
     for group in model.input_groups:
         places += group.places
-        ups += [module.lora_B["default"].weight * group.scaling for module in group.modules]
-    torch._foreach_copy_(places, ups)
+        ups += [module.lora_B["default"].weight for module in group.modules]
+        scalings += [group.scaling] * len(group.modules)
+    # A few kernels for all of them rather than one each.
+    torch._foreach_copy_(places, torch._foreach_mul(ups, scalings))
 
 
 def _group_outputs(group: InputGroup, x: torch.Tensor, training: bool) -> tuple[torch.Tensor, ...]:
