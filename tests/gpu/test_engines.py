@@ -170,6 +170,7 @@ def test_packed_documents_do_not_see_each_other(runs: Any, name: str) -> None:
 def test_each_engine_ran_as_itself(runs: Any) -> None:
     compiled, unsloth = runs("compiled")["used"], runs("unsloth-4bit")["used"]
     assert (compiled["attention"], compiled["graph_breaks"]) == ("packed_varlen", 0)
+    assert compiled["recompiled"] == runs("fp8")["used"]["recompiled"] == 0
     assert compiled["packing"] is unsloth["packing"] is unsloth["variable_length"] is True
     assert unsloth["fused_layers"] == unsloth["layers"]
     assert unsloth["gradient_checkpointing"] == "all"

@@ -51,6 +51,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
 
 def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
     """Give the trainer this engine's batches and loss."""
+    from worker.training.engines.graphs import Graphs
     from worker.training.engines.layers import ready_adapters
     from worker.training.head_loss import learn_through_head
 
@@ -72,30 +73,37 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
         return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": longest}
 
     learn_through_head(model.get_base_model(), decoder_arguments)
+    trainer.add_callback(Graphs())
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
-    """What really ran, of this engine: `recompiled` counts graphs beyond the first of each kind."""
-    import torch._dynamo
-
+    """What really ran, of this engine."""
+    from worker.training.engines.graphs import Graphs, graph_breaks, graphs
     from worker.training.engines.layers import frozen_dtype
 
     base = trainer.model.get_base_model()
-    counters = torch._dynamo.utils.counters
     return {
         "attention": base.config._attn_implementation,
         "gradient_checkpointing": checkpointed(base),
         "matrices": frozen_dtype(trainer.model),
-        "graphs": int(counters["stats"]["unique_graphs"]),
-        "graph_breaks": sum(counters["graph_break"].values()),
+        "graphs": graphs(),
+        "graph_breaks": graph_breaks(),
+        "recompiled": next(c for c in trainer.callback_handler.callbacks if isinstance(c, Graphs)).recompiled,
     }
 
 
 def shortfalls(used: dict[str, Any]) -> list[str]:
     """What the job's log warns of, given what `read_back` found."""
-    if not used["graph_breaks"]:
-        return []
-    return [f"The compiler broke its graphs in {used['graph_breaks']} places: training was slower for it."]
+    found = []
+    if used["graph_breaks"]:
+        found.append(
+            f"The compiler broke its graphs in {used['graph_breaks']} places: training was slower for it."
+        )
+    if used["recompiled"]:
+        found.append(
+            f"{used['recompiled']} graphs were compiled after the first step: training waited for it."
+        )
+    return found
 
 
 def _documents(datasets: list[Any], micro_batch: int) -> tuple[int, int]:
