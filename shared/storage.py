@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec
 
@@ -118,6 +118,49 @@ class Store:
                 raise
             _copy_across(source, destination)
         sync(destination.parent)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[IO[bytes]]:
+        """A file to write: it appears under `key` once the block has ended, and not at all if that raises.
+
+        Nothing is tried again, and READ_AHEAD bytes or so are held in memory.
+
+        Raises:
+            OSError: the store or the disk refused.
+        """
+        target = self._path(key)
+        written = self._written_locally(Path(target)) if self._local else self._written_remotely(target)
+        with _reached(), written as file:
+            yield file
+
+    @contextmanager
+    def _written_locally(self, destination: Path) -> Iterator[IO[bytes]]:
+        destination.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside = destination.with_name(f".{destination.name}.part")
+        try:
+            with aside.open("wb") as file:
+                yield file
+            sync(aside)
+            aside.rename(destination)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        sync(destination.parent)
+
+    @contextmanager
+    def _written_remotely(self, target: str) -> Iterator[IO[bytes]]:
+        # Closing a file is to fsspec completing it, whatever led to that: only without autocommit it isn't.
+        file = self._fs.open(target, "wb", block_size=READ_AHEAD, autocommit=False)
+        try:
+            yield file
+            file.close()
+            file.commit()
+        except BaseException:
+            with suppress(AttributeError):  # Files of some file systems are never written by a close.
+                file.closed = True
+            with suppress(OSError, BotoCoreError):  # What is left of it goes as other unfinished files do.
+                file.discard()
+            raise
 
     def fetch(self, key: str, target: Path) -> Path:
         """A local path to the file: itself in a local store, else a copy at `target`.

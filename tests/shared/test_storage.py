@@ -128,3 +128,34 @@ def test_a_store_that_is_away_is_an_error_without_its_address(
         proxy.restore()
         put(store, tmp_path, "jobs/a/t/two", b"2")
         assert b"".join(store.read("jobs/a/t/one", 0, 1)) == b"1"
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+def test_what_is_written_appears_whole(request: pytest.FixtureRequest, store: Store, parts: int) -> None:
+    """Also if it is more than the store is sent at a time. Files in memory are there from the start."""
+    with store.writing("jobs/a/t/one") as file:
+        for _ in range(parts):
+            file.write(bytes(CHUNK))
+        seen = [found.name for found in store.list_files()]
+    assert "jobs/a/t/one" not in seen or request.node.callspec.params["store"] == "memory"
+    assert sum(map(len, store.read("jobs/a/t/one", 0, parts * CHUNK + 1))) == parts * CHUNK
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_what_was_half_written_is_not_there(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, parts: int
+) -> None:
+    url = (tmp_path / "store").as_uri() if kind == "file" else str(request.getfixturevalue("s3_url"))
+    store = Store(url)
+
+    def write() -> None:
+        with store.writing("jobs/a/t/one") as file:
+            for _ in range(parts):
+                file.write(bytes(CHUNK))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert list(store.list_files()) == []
+    assert list(store.unfinished_uploads()) == []
