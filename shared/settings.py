@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     busy_gpu_wait_seconds: Annotated[float, Field(ge=0)] = 3600
 
     preemption: bool = False
+    store_checkpoints: Literal["auto", "on", "off"] = "auto"
 
     poll_seconds: Annotated[float, Field(gt=0)] = 2
     lease_seconds: Annotated[float, Field(ge=2, validate_default=True)] = 30

@@ -21,10 +21,9 @@ FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
 
 
-def _job_key(**options: Any) -> Any:
-    return Field(
-        sa_column=Column(String, ForeignKey("job.id", ondelete="CASCADE"), nullable=False, **options)
-    )
+def _key_of(table: str, **options: Any) -> Any:
+    key = ForeignKey(f"{table}.id", ondelete="CASCADE")
+    return Field(sa_column=Column(String, key, nullable=False, **options))
 
 
 def _number_key() -> Any:
@@ -75,8 +74,7 @@ class Job(SQLModel, table=True):
 
     __tablename__ = "job"
     __table_args__ = (
-        # Every page is read from an index that has its rows in their order: of an owner's jobs or of all,
-        # and with one filter.
+        # Every page is read from an index in its order: an owner's jobs or all, with one filter at most.
         Index("ix_job_page", "created_at", "id"),
         Index("ix_job_owner_page", "owner", "created_at", "id"),
         Index("ix_job_status_page", "status", "created_at", "id"),
@@ -98,8 +96,7 @@ class Job(SQLModel, table=True):
     model: str
     # 0 high, 1 normal, 2 low: the order in which they are claimed.
     priority: int
-    # Where it stands among its owner's jobs of the same priority: when it was made, in nanoseconds, until the
-    # owner moves it.
+    # Its place among its owner's jobs of one priority: when it was made, in nanoseconds, until it is moved.
     place: int = Field(default_factory=time.time_ns, sa_type=BigInteger)
     # What training alone was estimated to take when the job was posted.
     expected_seconds: float | None = None
@@ -138,7 +135,7 @@ class JobLabel(SQLModel, table=True):
         Index("ix_job_label_page", "key", "value", "created_at", "job_id"),
     )
 
-    job_id: str = _job_key(primary_key=True)
+    job_id: str = _key_of("job", primary_key=True)
     key: str = Field(primary_key=True)
     value: str
     owner: str
@@ -189,11 +186,23 @@ class Metric(SQLModel, table=True):
 class CheckpointRow(SQLModel, table=True):
     __tablename__ = "checkpoint"
 
-    job_id: str = _job_key(primary_key=True)
+    job_id: str = _key_of("job", primary_key=True)
     step: int = Field(primary_key=True)
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
     bytes: int = Field(sa_type=BigInteger)
     metrics: dict[str, Any] = Field(sa_type=JSON)
+
+
+class CheckpointCopy(SQLModel, table=True):
+    """The newest checkpoint of a job that is under way, as a tar in the store under `key`."""
+
+    __tablename__ = "checkpoint_copy"
+
+    job_id: str = _key_of("job", primary_key=True)
+    step: int
+    bytes: int = Field(sa_type=BigInteger)
+    sha256: str
+    key: str
 
 
 class ArtifactRow(SQLModel, table=True):
@@ -203,7 +212,7 @@ class ArtifactRow(SQLModel, table=True):
     __table_args__ = (UniqueConstraint("job_id", "name"),)
 
     id: int | None = Field(default=None, primary_key=True)
-    job_id: str = _job_key()
+    job_id: str = _key_of("job")
     name: str
     kind: str
     bytes: int = Field(sa_type=BigInteger)
@@ -221,7 +230,7 @@ class ExportTask(SQLModel, table=True):
     __table_args__ = (Index("ix_export_task_claim", "status", "created_at"),)
 
     id: str = Field(primary_key=True)
-    job_id: str = _job_key(index=True)
+    job_id: str = _key_of("job", index=True)
     format: str
     checkpoint: int | None = None
     status: str
@@ -295,9 +304,7 @@ class UploadPartRow(SQLModel, table=True):
     __tablename__ = "upload_part"
 
     id: str = Field(primary_key=True)
-    upload_id: str = Field(
-        sa_column=Column(String, ForeignKey("upload.id", ondelete="CASCADE"), nullable=False, index=True)
-    )
+    upload_id: str = _key_of("upload", index=True)
     bytes: int = Field(sa_type=BigInteger)
     key: str
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime)
@@ -311,7 +318,7 @@ class IdempotencyKey(SQLModel, table=True):
     owner: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
     body_hash: str
-    job_id: str = _job_key(index=True)
+    job_id: str = _key_of("job", index=True)
     created_at: datetime = Field(default_factory=utcnow, sa_type=UtcDateTime, index=True)
 
 
@@ -345,9 +352,7 @@ class Delivery(SQLModel, table=True):
     __table_args__ = (Index("ix_delivery_webhook_due", "webhook_id", "due_at"),)
 
     id: int | None = Field(default=None, primary_key=True)
-    webhook_id: str = Field(
-        sa_column=Column(String, ForeignKey("webhook.id", ondelete="CASCADE"), nullable=False)
-    )
+    webhook_id: str = _key_of("webhook")
     event_id: str
     body: str
     attempts: int = 0

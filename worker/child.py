@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from shared.vault import Redactor
 from worker.caches import COMPILED, PREPARED, use
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import complete_checkpoints
+from worker.copies import copying, fetch_copy, wanted
 from worker.export_order import LaterExport, read_export
 from worker.lease import ExportLease, JobLease
 from worker.order import Order
@@ -52,6 +54,8 @@ Export = Callable[[LaterExport, Workdir, EventSink, Control], list[Artifact]]
 
 # Hours of training are not lost to a store that is away for minutes.
 STORE_PATIENCE_SECONDS = 1800.0
+# The rest of the grace time is for giving the job back.
+SHARE_OF_GRACE = 0.9
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,7 @@ class ChildControl:
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._leave = threading.Event()
+        self._leave_at = 0.0
         self._attempt: Future[Attempt] = Future()
 
     def start(self) -> None:
@@ -101,6 +106,10 @@ class ChildControl:
     def leaving(self) -> bool:
         return self._leave.is_set() and not self._stop.is_set()
 
+    def leaves_until(self, grace_seconds: float) -> float:
+        """When (monotonic) it must have left, while it is leaving; 0 otherwise, which is at once."""
+        return self._leave_at + grace_seconds * SHARE_OF_GRACE if self.leaving() else 0.0
+
     def _listen(self) -> None:
         first = sys.stdin.readline()
         if first:
@@ -111,6 +120,7 @@ class ChildControl:
                 self._attempt.set_exception(error)
         for line in sys.stdin:
             asked = {"stop": self._stop, "leave": self._leave}.get(line.strip())
+            self._leave_at = self._leave_at or time.monotonic()
             if asked is not None:
                 asked.set()
         # The supervisor is gone. Without it nobody watches this job: end at once, the lease brings it back.
@@ -207,9 +217,14 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             workdir = _fetch_inputs(order, settings, attempt.store, later.spec, {})
             export(later, workdir, sink, control)
         else:
+            copied = fetch_copy(order, attempt.database, attempt.store, sink)
             spec, plan, keys = _read_job(order, settings, attempt.database)
             workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
-            with reporting(order, spec, settings.root, sink) as told:
+            grace = settings.checkpoint_grace_seconds
+            with (
+                copying(order, settings, attempt.store, sink, copied, lambda: control.leaves_until(grace)),
+                reporting(order, spec, settings.root, sink) as told,
+            ):
                 pipeline(spec, plan, workdir, told, control)
             sink.results(workdir.root)
     except NoRoomYet as error:
@@ -299,6 +314,7 @@ def _fetch_inputs(
         validation_file=fetched.get("validation_dataset"),
         prepared_bytes=settings.data_cache_bytes,
         store=folder and folder / "jobs" / order.job_id,
+        copies=wanted(settings, store),
         gpu_memory_fraction=settings.gpu_memory_fraction,
         gpus=tuple(order.gpus),
         data_cache=Path(order.hub_cache) / PREPARED if order.hub_cache else None,

@@ -28,6 +28,7 @@ from shared.settings import Settings
 from shared.storage import Store, StoredFile
 from worker.caches import collect_caches
 from worker.checkpoints import FOLDER, complete_checkpoints, discard
+from worker.copies import remove_copies_of_ended
 from worker.removed import Removed
 
 # A file is put into the store before its row is written: younger ones may be about to get theirs.
@@ -63,6 +64,7 @@ def collect(
     """
     return [
         *_collect_checkpoints(database, settings, dry_run=dry_run),
+        *remove_copies_of_ended(database, store, dry_run=dry_run),
         *_collect_models(database, store, settings, dry_run=dry_run),
         *_cut_logs(database, settings, dry_run=dry_run),
         *_collect_expired(database, store, dry_run=dry_run),

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,10 +26,10 @@ from shared.errors import JobFailure, LeaseLost
 from shared.events import Artifact, Checkpoint, Entry, Progress
 from shared.lifecycle import JobStatus, Phase
 from shared.queue import Doorbell
-from shared.repository import files, logs
+from shared.repository import copies, files, logs
 from shared.repository.jobs import get_job
-from shared.storage import Store
-from shared.tables import ArtifactRow, DatasetRow
+from shared.storage import Store, StoreUnavailable
+from shared.tables import ArtifactRow, CheckpointCopy, DatasetRow
 from shared.vault import Redactor
 from worker.checkpoints import complete_checkpoints
 from worker.lease import Lease
@@ -82,6 +83,8 @@ class DatabaseSink:
         self._lease = timedelta(seconds=lease_seconds)
         self._on_lost = on_lost
         self._redactor = redactor or Redactor(())
+        # Is told of every checkpoint, and must not wait for anything.
+        self.on_checkpoint: Callable[[Checkpoint], None] = lambda _checkpoint: None
         self._batch = _Batch()
         self._results: DatasetRow | None = None
         self._lock = threading.Lock()  # guards _batch; held for no longer than an append
@@ -126,6 +129,7 @@ class DatabaseSink:
         with self._lock:
             self._batch.checkpoints.append(replace(checkpoint, metrics=storable(checkpoint.metrics)))
         self._wake.set()
+        self.on_checkpoint(checkpoint)
 
     def artifact(self, artifact: Artifact) -> None:
         """Publish a complete file: into the store, then, if the lease still holds, into the table.
@@ -154,14 +158,30 @@ class DatabaseSink:
             # A row of its own at each try: one that may have been committed is no new one.
             return files.put_artifact(session, ArtifactRow(**row.model_dump()))
 
+        earlier = self._commit_file(key, write, entry)
+        if earlier is not None:
+            self._store.delete(earlier)
+
+    def checkpoint_copy(self, copy: CheckpointCopy, *entries: Entry) -> None:
+        """Make a file that is in the store the copy of the job's newest checkpoint; the one before goes.
+
+        Raises:
+            LeaseLost: the file is removed.
+        """
+        earlier = self._commit_file(copy.key, lambda session: copies.put_copy(session, copy), *entries)
+        if earlier is not None:
+            with suppress(StoreUnavailable):  # Without a row it goes a day later.
+                self._store.delete(earlier)
+
+    def _commit_file(self, key: str, write: Callable[[Session], str | None], *entries: Entry) -> str | None:
+        """Write the row of a file that is in the store, or remove the file; the key whose place it took."""
         try:
-            earlier = self._commit(write, entry)
+            earlier = self._commit(write, *(self._entry(entry) for entry in entries))
         except BaseException:
             # Without its row the file is nobody's.
             self._store.delete(key)
             raise
-        if earlier is not None and earlier != key:
-            self._store.delete(earlier)
+        return None if earlier == key else earlier
 
     def results(self, folder: Path) -> None:
         """Publish the job's metrics as a file of its owner's, which is there once the job has succeeded.

@@ -26,6 +26,7 @@ from worker.caches import COMPILED
 from worker.checkpoints import FOLDER as CHECKPOINTS
 from worker.checkpoints import take_over
 from worker.claims import Claims
+from worker.copies import remove_in_background as remove_copies
 from worker.doorbell import Listener
 from worker.exports import Exports
 from worker.launch import Child
@@ -132,6 +133,7 @@ class Supervisor:
             self._recover_lost()
         if now - self._swept >= SWEEP_SECONDS:
             self._sweeper.begin()
+            remove_copies(self._database, self._settings)
             self._swept = now
         if now - self._collected >= COLLECT_SECONDS:
             collect_in_background(self._database, self._settings)

@@ -13,7 +13,7 @@ from shared.events import Entry
 from shared.lifecycle import TERMINAL, UNDER_WAY
 from shared.repository import exports, files, logs
 from shared.repository.files import RECORDS
-from shared.tables import ArtifactRow, DatasetRow, Job, LogEntry, UploadPartRow
+from shared.tables import ArtifactRow, CheckpointCopy, DatasetRow, Job, LogEntry, UploadPartRow
 
 
 def lock_unused(session: Session, job_id: str) -> Job | None:
@@ -104,6 +104,7 @@ def known_keys(session: Session, keys: Collection[str]) -> set[str]:
     found: set[str] = set()
     for key, of in (
         (ArtifactRow.key, ArtifactRow.job_id),
+        (CheckpointCopy.key, CheckpointCopy.job_id),
         (DatasetRow.key, DatasetRow.id),
         (DatasetRow.key, DatasetRow.job_id),
         (UploadPartRow.key, UploadPartRow.upload_id),

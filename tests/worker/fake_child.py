@@ -68,9 +68,9 @@ def pipeline(
     if word == "hungry":
         _run_out_of_memory(workdir, sink, attempts=int((spec.name or "").split()[1]))
         return _succeed(workdir, sink)
-    if word in ("patient", "lasting"):
-        _train_until_told_to_leave(workdir, sink, control)
-        return [] if word == "patient" else _succeed(workdir, sink)
+    if word in ("patient", "lasting", "saving"):
+        _train_until_told_to_leave(workdir, sink, control, saves=word == "saving")
+        return {"patient": lambda *_: [], "lasting": _succeed, "saving": _publish_all}[word](workdir, sink)
     if word == "loading":
         sink.phase(Phase.LOADING_MODEL)
         _train_until_stopped(sink, control, checks=False)
@@ -119,7 +119,9 @@ def _run_out_of_memory(workdir: Workdir, sink: EventSink, attempts: int) -> None
         raise MemoryError("no room for 4 GiB")
 
 
-def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: TrainingControl) -> None:
+def _train_until_told_to_leave(
+    workdir: Workdir, sink: EventSink, control: TrainingControl, *, saves: bool
+) -> None:
     """Steps of a second, each with a row; leaves with a checkpoint, and succeeds after five steps."""
     done = max(complete_checkpoints(workdir.root / FOLDER), default=0)
     sink.log(Entry(f"from step {done}"))
@@ -131,7 +133,7 @@ def _train_until_told_to_leave(workdir: Workdir, sink: EventSink, control: Train
             if not control.leaving():
                 control.check()
             time.sleep(0.01)
-        if control.leaving():
+        if saves or control.leaving():
             _checkpoint(workdir, sink, step)
             control.check()
 
@@ -149,6 +151,10 @@ def _succeed(workdir: Workdir, sink: EventSink) -> list[Artifact]:
         sink.metrics({"step": step, "loss": 1.0 / step, "grad_norm": float("nan")})
         sink.progress(Progress(step=step, total_steps=3, epoch=step / 3, loss=1.0 / step))
     _checkpoint(workdir, sink, 3)
+    return _publish_all(workdir, sink)
+
+
+def _publish_all(workdir: Workdir, sink: EventSink) -> list[Artifact]:
     given = [file.read_bytes() for file in (workdir.dataset_file, workdir.validation_file) if file]
     content = b"".join(given) or b"adapter"
     _publish(workdir.root / "manifest.json", b"{}", sink, listed=False)

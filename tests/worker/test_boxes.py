@@ -16,7 +16,8 @@ from sqlalchemy.engine import make_url
 from shared.database import Database
 from shared.device import Device
 from shared.queue import Doorbell
-from shared.repository import files
+from shared.repository import copies, files, logs
+from shared.repository.retention import known_keys
 from shared.settings import Settings
 from shared.storage import Store
 from tests.conftest import Databases, wait_for
@@ -25,7 +26,7 @@ from tests.s3 import ACCOUNT, S3Server
 from tests.samples import add_dataset, make_job
 from tests.worker.test_claims import GIB, plan_by_name
 from tests.worker.test_supervisor import child_pid, entries, read, wait_status
-from worker import claims
+from worker import claims, retention
 from worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.postgresql(only=True)
@@ -128,19 +129,27 @@ def test_each_job_runs_on_the_box_that_it_fits_with_its_data_from_the_store(
         assert not any(ACCOUNT["AWS_SECRET_ACCESS_KEY"] in str(entry) for entry in entries(database, job_id))
 
 
-def test_a_box_that_was_cut_off_changes_nothing_when_it_comes_back(
-    begin: Begin, settings: Settings, database: Database
+def test_a_job_goes_on_at_another_box_and_the_one_that_was_cut_off_changes_nothing_when_it_comes_back(
+    begin: Begin, settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = begin("box-1", LARGE)
-    job_id = make_job(database, name="lasting 60")
+    job_id = make_job(database, name="saving 60")
     pid = wait_for(lambda: child_pid(database, job_id))
-    wait_for(lambda: read(database, job_id).progress)
+    wait_for(lambda: copied_step(database, job_id) >= 2)
     first.cut_off()
+    step = copied_step(database, job_id)
     begin("box-2", LARGE)
     job = wait_status(database, job_id, "succeeded")
     assert (job.attempt, job.losses) == (2, 1)
     before = [(entry.seq, entry.message) for entry in entries(database, job_id)]
-    assert "Worker box-1" in str([m for _, m in before if "was not heard of in time" in m])
+    told = [message for _, message in before]
+    assert "Worker box-1" in str([message for message in told if "was not heard of in time" in message])
+    # From the checkpoint in the store, with the losses of a job that nothing interrupts.
+    assert f"The checkpoint of step {step} came from the store." in told
+    assert [m for m in told if m.startswith("from step")] == ["from step 0", f"from step {step}"]
+    with database.read() as session:
+        rows = logs.read_metrics(session, job_id)
+    assert [(row["step"], row["loss"]) for row in rows] == [(n, 1.0 / n) for n in range(1, 6)]
     # The first box's child has trained on meanwhile, and wants to write, to publish and to end the job.
     assert psutil.pid_exists(int(pid or 0))
     first.come_back()
@@ -150,9 +159,23 @@ def test_a_box_that_was_cut_off_changes_nothing_when_it_comes_back(
     assert content_of(settings, database, job_id) == b"adapter"
     stored = [f.name for f in Store(settings.artifacts()).list_files() if f.name.endswith("adapter.tar")]
     assert len(stored) == 1
+    # What its child put into the store and could not name is nobody's.
+    monkeypatch.setattr(retention, "STRAY_SECONDS", -1.0)
+    store = Store(settings.artifacts())
+    retention.collect(database, store, settings, dry_run=False)
+    left = [file.name for file in store.list_files()]
+    with database.read() as session:
+        assert known_keys(session, left) == set(left)
+    assert not any("checkpoint-" in name for name in left)
     # And it works again.
     more = [make_job(database, name="forever 60") for _ in range(2)]
     wait_for(lambda: [read(database, other).status for other in more] == ["running"] * 2)
+
+
+def copied_step(database: Database, job_id: str) -> int:
+    with database.read() as session:
+        copy = copies.find_copy(session, job_id)
+    return copy.step if copy else 0
 
 
 def test_a_store_that_is_away_for_a_while_costs_no_job(

@@ -180,14 +180,17 @@ class Room:
     def _divide(self, need: DiskNeed) -> list[_Place]:
         # Checkpoints of an attempt that this one goes on from are there already.
         there = size_of([self._output])
+        # One that is there until the next one is.
+        copies = 2 * need.one_checkpoint if self._workdir.copies and need.checkpoints else 0
         work = tuple(self._workdir.root / name for name in GROWING)
         store = self._workdir.store
         if store is not None and nearest(store).stat().st_dev == self._workdir.root.stat().st_dev:
-            total, exports = need.total - there, need.total - need.checkpoints
-            return [self._place("data folder", (*work, store), total, exports)]
+            total = need.total + copies
+            exports = total - need.checkpoints
+            return [self._place("data folder", (*work, store), total - there, exports)]
         places = [self._place("work folder", work, need.work - there, need.work - need.checkpoints)]
         if store is not None:
-            places.append(self._place("store", (store,), need.store, need.store))
+            places.append(self._place("store", (store,), need.store + copies, need.store + copies))
         return places
 
     def _place(self, name: str, folders: tuple[Path, ...], needed: int, exports: int) -> _Place:

@@ -18,7 +18,8 @@ class Workdir:
     `gpus` are the numbers of the job's GPUs, as nvidia-smi has them, where it runs on several.
     `dataset_file` and `validation_file` are the uploaded files of `file` datasets, `model_dir` the folder of
     a `local/NAME` model; the caller has resolved and checked them. `store` is the folder where the job's
-    finished files go, which may not be there yet; None where that is on no disk of this machine.
+    finished files go, which may not be there yet; None where that is on no disk of this machine. With
+    `copies` the newest checkpoint goes there too.
     `gpu_memory_fraction` is the share of each GPU's memory that the attempt may take.
     """
 
@@ -29,6 +30,7 @@ class Workdir:
     validation_file: Path | None = None
     prepared_bytes: int = DEFAULT_BYTES
     store: Path | None = None
+    copies: bool = False
     gpu_memory_fraction: float = 1
     gpus: tuple[int, ...] = ()
     data_cache: Path | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.clock import utcnow
+from shared.database import Database
 from shared.errors import JobStopped
-from shared.events import Entry, MemorySink
+from shared.events import Checkpoint, Entry, MemorySink
 from shared.lifecycle import Phase
+from shared.queue import Doorbell
+from shared.repository import jobs, leases
+from shared.settings import Settings
 from shared.spec import JobSpec
+from shared.storage import Store
+from tests.samples import make_job
 from tests.worker.training.samples import Outcome, Running, make_spec, new_workdir, plan_for
 from worker.checkpoints import FOLDER, complete_checkpoints, take_over
+from worker.copies import Copies, fetch_copy
+from worker.lease import JobLease
+from worker.order import Order
+from worker.sink import DatabaseSink
 from worker.training.checkpoints import RECORD
 from worker.training.pipeline import run
 
@@ -143,6 +156,39 @@ def test_a_killed_job_goes_on_bit_for_bit(
     second = job.attempt()
     assert any(m.startswith(f"Resumed from step {killed_at // 4 * 4} of 9.") for m in messages(second))
     assert [row["step"] for row in second.sink.rows].count(killed_at) <= 2
+    check_same([first, second], whole)
+    assert not any("can't be used" in m or "do not match" in m for m in messages(second))
+
+
+def test_a_killed_job_goes_on_bit_for_bit_on_another_machine(
+    whole: Outcome, tmp_path: Path, tiny_model: Path, database: Database, settings: Settings
+) -> None:
+    """From the copy in the store: there is no common disk."""
+    job_id = make_job(database)
+    store, bell = Store(settings.artifacts()), Doorbell(settings.redis())
+    one, other = Job(tmp_path / "one", tiny_model, make()), Job(tmp_path / "other", tiny_model, make())
+    orders = {token: Order(job_id, token, str(tmp_path / token / "job"), {}) for token in ("one", "other")}
+
+    def sink_of(token: str) -> DatabaseSink:
+        with database.write() as session:
+            leases.claim(session, job_id, token, token, utcnow() + timedelta(hours=1))
+        return DatabaseSink(database, store, bell, JobLease(job_id, token), 3600, lambda: None)
+
+    class CopyingSink(StepSink):
+        def checkpoint(self, checkpoint: Checkpoint) -> None:
+            super().checkpoint(checkpoint)
+            order = dataclasses.replace(orders["one"], workdir=str(checkpoint.path.parents[1]))
+            running = Copies(order, store, sink_of("one"), None)
+            running.offer(checkpoint)
+            running.end(lambda: time.monotonic() + 60)
+
+    first = one.attempt(CopyingSink(6, die))
+    with database.write() as session:
+        leases.lose(session, jobs.lock_job(session, job_id, None), "It died.", 9)
+    assert fetch_copy(orders["other"], database, store, sink_of("other")) == 4
+    second = other.attempt()
+    bell.close()
+    assert any(m.startswith("Resumed from step 4 of 9.") for m in messages(second))
     check_same([first, second], whole)
     assert not any("can't be used" in m or "do not match" in m for m in messages(second))
 

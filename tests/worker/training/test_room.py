@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,15 @@ def test_the_best_step_that_was_kept_is_exported(tmp_path: Path, tiny_model: Pat
     manifest = json.loads(outcome.path("manifest.json").read_text(encoding="utf-8"))
     there = {row["step"]: row["eval_loss"] for row in manifest["evaluations"] if row["step"] != 2}
     assert manifest["exported_step"] == min(there, key=lambda step: there[step])
+
+
+def test_copies_of_checkpoints_in_a_store_on_this_disk_are_promised_too(
+    disk: Disk, need: DiskNeed, tmp_path: Path
+) -> None:
+    _, sink, workdir = Attempts(tmp_path).new()
+    with Room(replace(workdir, store=tmp_path / "store", copies=True), sink) as room:
+        disk.free = need.total + need.one_checkpoint
+        with pytest.raises(JobFailure):
+            room.reserve(need)
+        disk.free += need.one_checkpoint
+        room.reserve(need)

@@ -31,7 +31,7 @@ def tar_artifact(name: str, kind: str, folder: Path, target: Path, control: Cont
     top = name.removesuffix(".tar")
     try:
         with path.open("wb") as stream:
-            writer = _HashingWriter(stream, control)
+            writer = HashingWriter(stream, control)
             with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
                 for file in sorted(folder.rglob("*")):
                     if file.is_dir() and not file.is_symlink():
@@ -67,7 +67,7 @@ def _add(tar: tarfile.TarFile, file: Path, name: str) -> None:
         tar.addfile(info, stream)
 
 
-class _HashingWriter(io.RawIOBase):
+class HashingWriter(io.RawIOBase):
     """Counts and hashes what passes through, and lets the job be stopped in the middle of a large file."""
 
     def __init__(self, stream: IO[bytes], control: Control) -> None:
