@@ -272,6 +272,8 @@ class Cluster:
             "MAX_LOSSES": self.max_losses,
             "MAX_QUEUED_JOBS": 100_000,
             "STANDBY": "reference",
+            # As where boxes have no common disk.
+            "STORE_CHECKPOINTS": "on",
         }
         if self.models is not None:
             given["MODELS_ROOT"] = self.models

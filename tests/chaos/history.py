@@ -120,6 +120,7 @@ _TRIGGERS = [
     ),
     *_either("metric", "metric", _NUMBERED, _json('"values"', "attempt"), "NEW.step"),
     *_either("checkpoint", "checkpoint", "NEW.job_id", _json("metrics", "attempt"), "NEW.step"),
+    *_either("checkpoint_copy", "copy", "NEW.job_id", _plain("NEW.key"), "NEW.step"),
     _Trigger(
         "results", "AFTER INSERT ON dataset", "results", "NEW.job_id", _plain("NEW.key"), "NEW.id",
         _plain("NEW.job_id IS NOT NULL"),
@@ -145,7 +146,7 @@ class Event:
     """One write. `status`, `attempt` and `holders` are the job's at that moment.
 
     `told` is what the write says of its writer: the token in an entry's data or a report, the attempt in a
-    metric's or a checkpoint's row, the key of an artifact or of results (which holds the token), an export's
+    metric's or a checkpoint's row, the key of an artifact, a copy or results (with the token), an export's
     status. `detail` is what was written: a worker's name, a seq, an artifact's name, a step, an export's id.
     """
 

@@ -19,7 +19,7 @@ KEPT_FOLDERS = {"checkpoints", "reports"}
 @dataclass(frozen=True)
 class Rules:
     """What the run allowed: losses until a job fails, whether the disk was ever full, and whether all workers
-    were on one box, where none of a job's checkpoints is out of reach."""
+    were on one box, where none of a job's checkpoints is out of reach, in the store or not."""
 
     max_losses: int
     disk_was_full: bool
@@ -36,7 +36,7 @@ def check(truth: Truth, seen: Seen, rules: Rules) -> list[str]:
         lambda: logs_have_no_gaps(truth),
         lambda: files_are_what_rows_say(truth),
         lambda: results_are_the_foretold(truth),
-        lambda: nothing_is_done_twice(truth) if rules.one_box else iter(()),
+        lambda: nothing_is_done_twice(truth, "checkpoint" if rules.one_box else "copy"),
         lambda: nothing_is_orphaned(truth),
         lambda: bytes_are_counted(truth),
         lambda: ends_are_counted(truth),
@@ -139,7 +139,7 @@ def only_holders_write(history: list[Event]) -> Iterator[str]:
             # They come with the end, which has just released the lease.
             held = event.told.split("/")[2] == last.get(event.job_id)
         else:
-            token = event.told.split("/")[2] if event.what == "artifact" else event.told
+            token = event.told.split("/")[2] if event.what in ("artifact", "copy") else event.told
             held = token in event.holders
         if not held:
             yield (
@@ -165,7 +165,7 @@ def logs_have_no_gaps(truth: Truth) -> Iterator[str]:
 
 def files_are_what_rows_say(truth: Truth) -> Iterator[str]:
     """Each row's file is in the store, with the row's size and hash."""
-    for row in (*truth.artifacts, *truth.files):
+    for row in (*truth.artifacts, *truth.copies, *truth.files):
         found = truth.stored.get(row.key)
         if found is None:
             yield f"{row.key} has a row and is not in the store"
@@ -205,12 +205,12 @@ def _losses(job_id: str, steps: int) -> Iterator[tuple[int, float]]:
         yield step, loss_of(state)
 
 
-def nothing_is_done_twice(truth: Truth) -> Iterator[str]:
-    """Each attempt goes on from the newest checkpoint that had been told of."""
+def nothing_is_done_twice(truth: Truth, what: str) -> Iterator[str]:
+    """Each attempt goes on from the newest checkpoint that had been told of and that it can have."""
     newest: dict[str, int] = {}
     by_seq = {job_id: {entry.seq: entry for entry in log} for job_id, log in truth.entries.items()}
     for event in truth.history:
-        if event.what == "checkpoint":
+        if event.what == what:
             newest[event.job_id] = max(newest.get(event.job_id, 0), int(event.detail or 0))
         elif event.what == "entry" and event.job_id in truth.jobs:
             entry = by_seq[event.job_id].get(int(event.detail or 0))
@@ -218,7 +218,7 @@ def nothing_is_done_twice(truth: Truth) -> Iterator[str]:
             if began is not None and began < newest.get(event.job_id, 0):
                 yield (
                     f"{event.job_id}: attempt {event.attempt} began after step {began}, and there was a "
-                    f"checkpoint of step {newest[event.job_id]}"
+                    f"{what} of step {newest[event.job_id]}"
                 )
 
 
@@ -228,7 +228,7 @@ def nothing_is_orphaned(truth: Truth) -> Iterator[str]:
     for table, count in truth.left_rows.items():
         if count:
             yield f"{count} rows of {table} are of no job"
-    keys = {row.key for row in (*truth.artifacts, *truth.files)} | truth.part_keys
+    keys = {row.key for row in (*truth.artifacts, *truth.copies, *truth.files)} | truth.part_keys
     for key in truth.stored.keys() - keys:
         yield f"{key} is in the store and nobody's"
     for name in truth.uploads:
@@ -243,6 +243,9 @@ def nothing_is_orphaned(truth: Truth) -> Iterator[str]:
         absent = steps - truth.checkpoints_on_disk.get(job_id, set())
         if absent:
             yield f"{job_id}: its checkpoints of steps {sorted(absent)} are on no box"
+    for copy in truth.copies:
+        if truth.jobs[copy.job_id].status in TERMINAL:
+            yield f"{copy.key} is of a job that has ended"
 
 
 def bytes_are_counted(truth: Truth) -> Iterator[str]:

@@ -19,6 +19,7 @@ from shared.settings import Settings
 from shared.storage import Store
 from shared.tables import (
     ArtifactRow,
+    CheckpointCopy,
     CheckpointRow,
     DatasetRow,
     ExportTask,
@@ -94,6 +95,7 @@ class Truth:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checkpoints: dict[str, set[int]] = field(default_factory=dict)
     artifacts: list[ArtifactRow] = field(default_factory=list)
+    copies: list[CheckpointCopy] = field(default_factory=list)
     files: list[DatasetRow] = field(default_factory=list)
     part_keys: set[str] = field(default_factory=set)
     exports: list[ExportTask] = field(default_factory=list)
@@ -119,6 +121,7 @@ def read_truth(database: Database, settings: Settings, boxes: list[Path]) -> Tru
         for row in session.exec(select(CheckpointRow)):
             truth.checkpoints[row.job_id].add(row.step)
         truth.artifacts = list(session.exec(select(ArtifactRow)))
+        truth.copies = list(session.exec(select(CheckpointCopy)))
         truth.files = list(session.exec(select(DatasetRow)))
         truth.part_keys = set(session.exec(select(UploadPartRow.key)))
         truth.exports = list(session.exec(select(ExportTask)))

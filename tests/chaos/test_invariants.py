@@ -13,7 +13,7 @@ import pytest
 from shared.clock import utcnow
 from shared.lifecycle import ExportStatus, JobStatus
 from shared.repository.logs import StoredEntry
-from shared.tables import ArtifactRow, DatasetRow, ExportTask, Job, OwnerRow
+from shared.tables import ArtifactRow, CheckpointCopy, DatasetRow, ExportTask, Job, OwnerRow
 from tests.chaos.child import FROM, adapter_content, loss_of, next_state, state_after
 from tests.chaos.history import Event
 from tests.chaos.invariants import Rules, check
@@ -140,6 +140,19 @@ def trained_twice(run: Run) -> None:
         run.truth.metrics[job.id] = [{"step": 1, "loss": number}]
 
 
+def copied(run: Run, status: str = JobStatus.PAUSED) -> None:
+    """The job has a copy of a checkpoint in the store, and is or was in this status."""
+    key = f"jobs/{JOB}/b/checkpoint-1.tar"
+    run.truth.copies.append(CheckpointCopy(job_id=JOB, step=1, bytes=1, sha256="c", key=key))
+    run.truth.stored[key] = (1, "c")
+    run.truth.jobs[JOB].status = status
+
+
+def written_late(run: Run) -> None:
+    key = f"jobs/{JOB}/a/checkpoint-1.tar"
+    run.truth.history.append(Event(99, "copy", JOB, "running", 2, ("b",), key, "1"))
+
+
 LOST = {"code": "worker_lost", "message": "", "advice": ""}
 BROKEN: list[tuple[str, str, Change]] = [
     ("gone", "was accepted and is gone", lambda r: r.seen.accepted.append(("s-2", "ftjob-two"))),
@@ -194,6 +207,9 @@ BROKEN: list[tuple[str, str, Change]] = [
             8, replace(r.truth.history[8], what="report", told="a", detail=None)
         ),
     ),
+    ("zombie copy", "copy 1 was written by jobs/ftjob-one/a/", written_late),
+    ("copy left", "is of a job that has ended", lambda r: copied(r, JobStatus.SUCCEEDED)),
+    ("copy gone", "has a row and is not in the store", lambda r: (copied(r), r.truth.stored.popitem())),
     ("zombie export", "entry 4 was written by c", change_event(14, holders=())),
     ("zombie end", "results file-1 was written by", change_event(11, told="results/ftjob-one/a/r")),
     ("log order", "entry 5 was written after 2", change_event(8, detail="5")),
@@ -249,3 +265,19 @@ def test_each_thing_that_is_broken_is_told(expected: str, change: Change) -> Non
     change(run)
     found = check(*run, RULES)
     assert any(expected in line for line in found), found
+
+
+def test_a_copy_of_a_job_that_is_paused_is_no_orphan() -> None:
+    run = good()
+    copied(run)
+    assert [line for line in check(*run, RULES) if "copy" in line or "store" in line] == []
+
+
+def test_between_boxes_an_attempt_goes_on_from_the_copy() -> None:
+    run = good()
+    run.truth.entries[JOB][2] = entry(3, FROM, 0)
+    apart = replace(RULES, one_box=False)
+    assert check(*run, apart) == []
+    key = f"jobs/{JOB}/a/checkpoint-1.tar"
+    run.truth.history.insert(6, Event(99, "copy", JOB, "running", 1, ("a",), key, "1"))
+    assert "there was a copy of step 1" in str(check(*run, apart))
