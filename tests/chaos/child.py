@@ -199,9 +199,9 @@ def _save(workdir: Workdir, sink: EventSink, rows: list[dict[str, Any]], attempt
     aside.rename(folder)
     stumble.at("checkpoint renamed")
     metrics = {"loss": loss_of(rows[-1]["state"]), "attempt": float(attempt)}
-    sink.checkpoint(Checkpoint(step=len(rows), path=folder, bytes=size, metrics=metrics))
     for old in list(complete_checkpoints(folder.parent).values())[:-KEPT]:
         discard(old)
+    sink.checkpoint(Checkpoint(step=len(rows), path=folder, bytes=size, metrics=metrics))
 
 
 def _publish(path: Path, kind: str, content: bytes, sink: EventSink) -> Artifact:
@@ -251,6 +251,6 @@ def _after_publishing(_store: Store, _source: Path, key: str) -> None:
 if __name__ == "__main__":
     hook(Store, "publish", _before_publishing, _after_publishing)
     hook(JobLease, "log", lambda *_: None, lambda *_: stumble.at(WRITING))
-    hook(DatabaseSink, "checkpoint_copy", lambda *_: stumble.at("copied"), lambda *_: None)
+    hook(DatabaseSink, "checkpoint_copy", lambda *_: None, lambda *_: stumble.at("copied"))
     hook(DatabaseSink, "finish", lambda *_: stumble.at("finishing"), lambda *_: None)
     main(pipeline, export, warm_up)
