@@ -56,7 +56,8 @@ def test_every_example_does_what_it_says(box: Box, tmp_path: Path) -> None:
     assert [line.partition("=")[0] for line in setting] == ["URL", "KEY"]
     making = next(at for at, block in enumerate(others) if block.startswith("JOB="))
     # The word that the box' worker goes by.
-    begin = "\n".join([field, *others[: making + 1], 'echo; echo "$FILE $JOB"']).replace("first try", "succeed")
+    begin = "\n".join([field, *others[: making + 1], 'echo; echo "$FILE $JOB"'])
+    begin = begin.replace("first try", "succeed")
     where = {"URL": box.url, "KEY": box.ann}
     said, answers = run(begin, tmp_path, **where)
     file_id, job_id = said.splitlines()[-1].split()
