@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -45,6 +46,9 @@ UNION_MEMBER = re.compile(r"str|list\[.+\]|dict\[.+\]|\[key\]")
 UNION_TAGS = frozenset(
     (field, source) for field in ("dataset", "validation_dataset") for source in ("hub", "file")
 )
+
+# The class of errors for a full disk.
+POSTGRESQL_DISK_FULL = "53100"
 
 CODES = {
     "extra_forbidden": "unknown_field",
@@ -234,7 +238,18 @@ def _gone(request: Request, _error: Exception) -> Response:
 def _database_away(request: Request, error: Exception) -> Response:
     logger.error("The database did not answer: %s", error)
     away = Unavailable("The database does not answer at the moment: try again.")
+    if _is_disk_full(error):
+        away = Unavailable(
+            "The disk of the server's database is full: its operator has to make room.",
+            code="storage_unavailable",
+        )
     return render(away, request.url.path, {"retry-after": "2"})
+
+
+def _is_disk_full(error: Exception) -> bool:
+    said = getattr(error, "orig", None)
+    full = getattr(said, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return full or getattr(said, "sqlstate", None) == POSTGRESQL_DISK_FULL
 
 
 def _store_away(request: Request, error: Exception) -> Response:
