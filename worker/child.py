@@ -54,8 +54,6 @@ Export = Callable[[LaterExport, Workdir, EventSink, Control], list[Artifact]]
 
 # Hours of training are not lost to a store that is away for minutes.
 STORE_PATIENCE_SECONDS = 1800.0
-# The rest of the grace time is for giving the job back.
-SHARE_OF_GRACE = 0.9
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 logger = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ class ChildControl:
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._leave = threading.Event()
-        self._leave_at = 0.0
+        self._leave_until = 0.0
         self._attempt: Future[Attempt] = Future()
 
     def start(self) -> None:
@@ -106,9 +104,9 @@ class ChildControl:
     def leaving(self) -> bool:
         return self._leave.is_set() and not self._stop.is_set()
 
-    def leaves_until(self, grace_seconds: float) -> float:
-        """When (monotonic) it must have left, while it is leaving; 0 otherwise, which is at once."""
-        return self._leave_at + grace_seconds * SHARE_OF_GRACE if self.leaving() else 0.0
+    def leaves_until(self) -> float:
+        """When (monotonic) it waits no longer for a copy, while it is leaving; else 0, which is at once."""
+        return self._leave_until if self.leaving() else 0.0
 
     def _listen(self) -> None:
         first = sys.stdin.readline()
@@ -119,10 +117,12 @@ class ChildControl:
             except Exception as error:  # noqa: BLE001 - the main thread raises it
                 self._attempt.set_exception(error)
         for line in sys.stdin:
-            asked = {"stop": self._stop, "leave": self._leave}.get(line.strip())
-            self._leave_at = self._leave_at or time.monotonic()
-            if asked is not None:
-                asked.set()
+            asked, _, seconds = line.strip().partition(" ")
+            if asked == "stop":
+                self._stop.set()
+            elif asked == "leave":
+                self._leave_until = time.monotonic() + float(seconds)
+                self._leave.set()
         # The supervisor is gone. Without it nobody watches this job: end at once, the lease brings it back.
         end_process_group()
 
@@ -220,9 +220,8 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             copied = fetch_copy(order, attempt.database, attempt.store, sink)
             spec, plan, keys = _read_job(order, settings, attempt.database)
             workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
-            grace = settings.checkpoint_grace_seconds
             with (
-                copying(order, settings, attempt.store, sink, copied, lambda: control.leaves_until(grace)),
+                copying(order, settings, attempt.store, sink, copied, control.leaves_until),
                 reporting(order, spec, settings.root, sink) as told,
             ):
                 pipeline(spec, plan, workdir, told, control)

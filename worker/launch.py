@@ -11,6 +11,9 @@ from shared.vault import Redactor
 from worker.order import Order
 from worker.process import Process
 
+# A pause or a job of higher priority wants the GPU within seconds of the end of a step.
+BRIEF_SECONDS = 4.0
+
 
 class Child:
     """A running attempt: one process group in its slots, given its order at once."""
@@ -41,11 +44,15 @@ class Child:
         """Whether its end is what was wanted of it."""
         return self.stop_asked_at is not None or self.leave_asked_at is not None
 
-    def ask_to_leave(self) -> None:
-        """Ask it to end with a checkpoint of its step; asking again changes nothing."""
+    def ask_to_leave(self, copy_seconds: float = BRIEF_SECONDS) -> None:
+        """Ask it to end with a checkpoint of its step; asking again changes nothing.
+
+        Args:
+            copy_seconds: from now on, after which it no longer waits for the checkpoint's copy.
+        """
         if not self.asked:
             self.leave_asked_at = time.monotonic()
-            self._process.say("leave\n")
+            self._process.say(f"leave {copy_seconds:.1f}\n")
 
     def ask_to_stop(self) -> None:
         """Ask it to end at once; asking again changes nothing."""

@@ -48,6 +48,8 @@ COLLECT_SECONDS = 3600.0
 QUICK_DEATH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 120.0
 KILLED_SECONDS = 5.0
+# Of the grace time, what children may wait for copies of checkpoints; the rest is for giving their jobs back.
+SHARE_OF_GRACE = 0.9
 
 logger = logging.getLogger(__name__)
 
@@ -278,10 +280,11 @@ class Supervisor:
     def _hand_back_all(self) -> None:
         """Let every child leave with a checkpoint, give their jobs back and sign off."""
         self._standbys.close()
+        grace = self._settings.checkpoint_grace_seconds
         for child in self._children:
-            child.ask_to_leave()
+            child.ask_to_leave(grace * SHARE_OF_GRACE)
         self._exports.ask_to_stop()
-        deadline = time.monotonic() + self._settings.checkpoint_grace_seconds
+        deadline = time.monotonic() + grace
         while self._is_busy() and time.monotonic() < deadline:
             try:
                 heed_requests(self._database, self._children, self._settings)

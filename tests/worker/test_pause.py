@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.conftest import wait_for
 from tests.samples import make_job
 from tests.worker.conftest import Start
 from tests.worker.test_supervisor import cancel, child_pid, entries, read, wait_status
+from worker import child
 from worker.checkpoints import FOLDER, complete_checkpoints, discard, move_checkpoints, take_over
 from worker.sweep import sweep
 
@@ -311,3 +313,20 @@ def test_a_job_whose_checkpoint_is_on_another_machine_says_that_it_begins_anew(
     assert "The checkpoint of step 7 is not on this machine: the job begins anew." in messages(
         database, job_id
     )
+
+
+def test_who_leaves_waits_for_a_copy_as_long_as_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "end_process_group", lambda: None)
+    read, write = os.pipe()
+    with os.fdopen(read) as stdin, os.fdopen(write, "w", buffering=1) as supervisor:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        control = child.ChildControl()
+        control.start()
+        supervisor.write("no order\n")
+        assert control.leaves_until() == 0
+        supervisor.write("leave 40.0\n")
+        assert wait_for(control.leaving)
+        assert 30 < control.leaves_until() - time.monotonic() <= 40
+        supervisor.write("stop\n")
+        assert wait_for(lambda: not control.leaving())
+        assert control.leaves_until() == 0
