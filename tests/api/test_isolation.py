@@ -111,9 +111,33 @@ async def test_no_route_without_a_key(api: Api) -> None:
 
 async def test_no_cursor_of_somebody_elses(api: Api, tmp_path: Path) -> None:
     things = await belongings(api, tmp_path)
-    for path, thing in (("/jobs", "job_id"), ("/datasets", "dataset_id")):
-        error = error_of(await api.bob.get(f"{path}?after={things[thing]}"), 422)
+    for path, thing, status in (
+        ("/jobs", "job_id", 422),
+        ("/datasets", "dataset_id", 422),
+        ("/v1/fine_tuning/jobs", "job_id", 400),
+        ("/v1/files", "file_id", 400),
+        ("/v1/webhook_endpoints", "webhook_id", 400),
+    ):
+        error = error_of(await api.bob.get(f"{path}?after={things[thing]}"), status)
         assert error["param"] == "after"
+        assert (await api.ann.get(f"{path}?after={things[thing]}")).status_code == 200
+    # Nor one of one's own that is of another list.
+    job_id = await api.create()
+    for name, prefix in (("events", "ftevent"), ("checkpoints", "ftckpt")):
+        cursor = f"{prefix}-{things['job_id'].removeprefix('ftjob-')}-1"
+        error = error_of(await api.ann.get(f"/v1/fine_tuning/jobs/{job_id}/{name}?after={cursor}"), 400)
+        assert error["param"] == "after"
+
+
+async def test_no_part_of_somebody_elses_upload(api: Api, tmp_path: Path) -> None:
+    things = await belongings(api, tmp_path)
+    parts = f"/v1/uploads/{things['upload_id']}/parts"
+    anns = (await api.ann.post(parts, files={"data": ("p", b"x")})).json()["id"]
+    wanted = {"filename": "bob", "bytes": 1, "purpose": "fine-tune", "mime_type": "text/plain"}
+    bobs = (await api.bob.post("/v1/uploads", json=wanted)).json()["id"]
+    answer = await api.bob.post(f"/v1/uploads/{bobs}/complete", json={"part_ids": [anns]})
+    assert error_of(answer, 400)["param"] == "part_ids.0"
+    assert (await api.bob.get("/v1/files")).json()["data"] == []
 
 
 @pytest.mark.parametrize("field", ["dataset", "validation_dataset"])

@@ -136,10 +136,14 @@ def in_openai_terms(work: Callable[[], Answer]) -> Answer:
     try:
         return work()
     except InvalidRequest as error:
-        place = PLACES.get(error.param or "")
+        param = error.param or ""
+        place = PLACES.get(param)
         if place is None:
             raise
-        raise InvalidRequest(error.message, place, error.error_code) from error
+        # Sentences begin with the field's name, where they have it.
+        said = error.message.removeprefix(f"{param} ")
+        message = error.message if said == error.message else f"{place} {said}"
+        raise InvalidRequest(message, place, error.error_code) from error
 
 
 def multiplier(learning_rate: float) -> float:

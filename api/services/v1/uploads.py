@@ -110,7 +110,7 @@ async def add_part(
     path = context.settings.root / "uploads" / part_id
     try:
         with on_full_disk():
-            part = await receive(chunks, headers, path, min(room, MAX_PART_BYTES), "data")
+            part = await _receive(chunks, headers, path, room)
             row = UploadPartRow(
                 id=part_id, upload_id=upload_id, bytes=part.bytes, key=f"uploads/{upload_id}/{part_id}"
             )
@@ -160,6 +160,15 @@ def cancel(context: Context, caller: Caller, upload_id: str) -> UploadV1:
         keys = uploads.forget_parts(session, upload_id)
     _delete(context, keys)
     return UploadV1.of(row)
+
+
+async def _receive(chunks: AsyncIterator[bytes], headers: Mapping[str, str], path: Path, room: int) -> Upload:
+    try:
+        return await receive(chunks, headers, path, min(room, MAX_PART_BYTES), "data")
+    except TooLarge:
+        most = f"a part has at most {MAX_PART_BYTES}"
+        told = f"{room} bytes of the file are left" if room < MAX_PART_BYTES else most
+        raise TooLarge(f"The part is too large: {told}.", param="data") from None
 
 
 def _room(context: Context, caller: Caller, upload_id: str) -> int:

@@ -183,7 +183,8 @@ async def test_an_upload_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(uploads, "MAX_PARTS", 2)
     upload_id = await begin(api, 10)
     parts = f"/v1/uploads/{upload_id}/parts"
-    error_of(await api.ann.post(parts, files={"data": ("p", b"x" * 11)}), 413)
+    large = error_of(await api.ann.post(parts, files={"data": ("p", b"x" * 11)}), 413)
+    assert "10 bytes of the file are left" in large["message"]
     error_of(await api.ann.post(parts, files={"data": ("p", b"")}), 400)
     await part(api, upload_id, b"1")
     await part(api, upload_id, b"2")

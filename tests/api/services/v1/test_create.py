@@ -180,3 +180,9 @@ def test_an_error_about_the_spec_names_openais_field() -> None:
     with pytest.raises(InvalidRequest) as caught:
         in_openai_terms(fail)
     assert (caught.value.param, caught.value.error_code) == ("training_file", "dataset_not_found")
+
+
+def test_a_sentence_about_the_spec_begins_with_openais_field() -> None:
+    with pytest.raises(InvalidRequest, match=r"^validation_file is what is trained on") as caught:
+        in_openai_terms(lambda: parse(validation_file=FILE))
+    assert caught.value.param == "validation_file"
