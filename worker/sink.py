@@ -28,7 +28,8 @@ from shared.lifecycle import JobStatus, Phase
 from shared.queue import Doorbell
 from shared.repository import copies, files, logs
 from shared.repository.jobs import get_job
-from shared.storage import Store, StoreUnavailable
+from shared.repository.retention import known_keys
+from shared.storage import Store
 from shared.tables import ArtifactRow, CheckpointCopy, DatasetRow
 from shared.vault import Redactor
 from worker.checkpoints import complete_checkpoints
@@ -170,7 +171,7 @@ class DatabaseSink:
         """
         earlier = self._commit_file(copy.key, lambda session: copies.put_copy(session, copy), *entries)
         if earlier is not None:
-            with suppress(StoreUnavailable):  # Without a row it goes a day later.
+            with suppress(OSError):  # Without a row it goes a day later.
                 self._store.delete(earlier)
 
     def _commit_file(self, key: str, write: Callable[[Session], str | None], *entries: Entry) -> str | None:
@@ -178,8 +179,12 @@ class DatabaseSink:
         try:
             earlier = self._commit(write, *(self._entry(entry) for entry in entries))
         except BaseException:
-            # Without its row the file is nobody's.
-            self._store.delete(key)
+            # Without its row the file is nobody's. The lease may have been lost after a commit whose answer
+            # never came.
+            with self._database.read() as session:
+                known = known_keys(session, [key])
+            if not known:
+                self._store.delete(key)
             raise
         return None if earlier == key else earlier
 
