@@ -217,7 +217,7 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
             workdir = _fetch_inputs(order, settings, attempt.store, later.spec, {})
             export(later, workdir, sink, control)
         else:
-            copied = fetch_copy(order, attempt.database, attempt.store, sink)
+            copied = fetch_copy(order, attempt.database, attempt.store, sink, settings.root / "cache")
             spec, plan, keys = _read_job(order, settings, attempt.database)
             workdir = _fetch_inputs(order, settings, attempt.store, spec, keys)
             with (

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from shared.database import Database
+from shared.disk import DiskNeed
 from shared.errors import JobStopped, LeaseLost
 from shared.events import Checkpoint, Entry
 from shared.repository import copies
@@ -29,11 +30,14 @@ from shared.tables import CheckpointCopy
 from worker.checkpoints import FOLDER, checkpoint_folder, complete_checkpoints
 from worker.order import Order
 from worker.removed import Removed
+from worker.reservations import size_of
 from worker.sink import DatabaseSink
 from worker.training.exports.files import HashingWriter
+from worker.training.room import Room
+from worker.training.workdir import Workdir
 
 # How long an attempt that ends waits for the thread to drop what it is about.
-GIVE_UP_SECONDS = 2.0
+GIVE_UP_SECONDS = 1.0
 LOOK_SECONDS = 0.1
 FETCHED = ".fetched"
 
@@ -71,8 +75,9 @@ def wanted(settings: Settings, store: Store) -> bool:
 class Copies:
     """Copies the newest checkpoint of one attempt each time that there is another one.
 
-    One that comes while another is copied is next, unless a newer one comes before that. A failure is told in
-    the job's log once, and tried again with the next checkpoint.
+    It begins with what the attempt took over, if the store does not have that. One that comes while another
+    is copied is next, unless a newer one comes before that. A failure is told in the job's log once, and
+    tried again with the next checkpoint.
 
     Args:
         copied: the step that the store has already, if this attempt has the very same checkpoint.
@@ -87,7 +92,8 @@ class Copies:
         self._works: bool | None = None
         self._giving_up = _GivingUp()
         self._changed = threading.Condition()
-        self._pending = self._busy = self._ended = False
+        self._busy = self._ended = False
+        self._pending = copied is None
         self._thread = threading.Thread(target=self._run, name="copies", daemon=True)
         self._thread.start()
 
@@ -134,6 +140,8 @@ class Copies:
         except Exception as error:
             # The boundary of this thread: whatever the store refuses, the job goes on.
             logger.exception("A checkpoint could not be copied into the store")
+            # An error may name the store's address, and users read the last line of a process that dies.
+            logger.warning("The job goes on without that copy.")
             self._tell_of_failure(f"{_reason(error)}. It is tried again with the next one")
 
     def _copy(self) -> None:
@@ -214,13 +222,18 @@ def copying(
         running.end(until if leaves else lambda: 0.0)
 
 
-def fetch_copy(order: Order, database: Database, store: Store, sink: DatabaseSink) -> int | None:
+def fetch_copy(order: Order, database: Database, store: Store, sink: DatabaseSink, cache: Path) -> int | None:
     """Put the copy in the store beside an attempt's checkpoints, if those are older or there are none.
+
+    Args:
+        cache: the machine's folder of caches, where attempts have disk room promised.
 
     Returns:
         the copy's step if the attempt has that checkpoint now.
 
     Raises:
+        JobFailure: `out_of_disk`: it would not fit without other jobs either.
+        NoRoomYet: its room is promised to other jobs.
         StoreUnavailable: it did not answer for as long as the store is waited for.
         OSError: the disk is full.
     """
@@ -234,7 +247,9 @@ def fetch_copy(order: Order, database: Database, store: Store, sink: DatabaseSin
         return copy.step if checkpoint_folder(folder, copy.step).is_dir() else None
     which = f"The checkpoint of step {copy.step}"
     try:
-        _unpack(copy, store, folder)
+        with Room(Workdir(root=folder.parent, cache=cache), sink) as room:
+            room.reserve(_room_for(copy, store, folder))
+            _unpack(copy, store, folder)
     except FileNotFoundError:
         sink.log(Entry(f"{which} is gone from the store.", level="warning"))
     except (_UnusableError, tarfile.TarError):
@@ -301,6 +316,12 @@ def _add(tar: HashingWriter, name: str, file: IO[bytes]) -> None:
 def _mark(folder: Path) -> tuple[str, int]:
     """Tells a checkpoint from another one of the same step."""
     return folder.name, folder.stat().st_mtime_ns
+
+
+def _room_for(copy: CheckpointCopy, store: Store, folder: Path) -> DiskNeed:
+    """The checkpoint's and, until that is unpacked, the tar's; beside what the folder has."""
+    size = copy.bytes if store.folder() is not None else 2 * copy.bytes
+    return DiskNeed(size_of([folder]) + size, copy.bytes, 0, 0, 0, {}, 0)
 
 
 def _unpack(copy: CheckpointCopy, store: Store, folder: Path) -> None:

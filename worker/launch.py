@@ -12,7 +12,7 @@ from worker.order import Order
 from worker.process import Process
 
 # A pause or a job of higher priority wants the GPU within seconds of the end of a step.
-BRIEF_SECONDS = 4.0
+BRIEF_SECONDS = 3.0
 
 
 class Child:

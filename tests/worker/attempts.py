@@ -53,7 +53,11 @@ class Attempt:
     folder: Path
 
     def fetch(self) -> int | None:
-        return fetch_copy(self.order, self.database, self.store, self.sink)
+        return fetch_copy(self.order, self.database, self.store, self.sink, self.cache)
+
+    @property
+    def cache(self) -> Path:
+        return self.folder.parents[1] / "cache"
 
     @contextmanager
     def copies(self, copied: int | None = None) -> Iterator[Copies]:

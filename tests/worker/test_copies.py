@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-import threading
 import time
 import tracemalloc
+from collections import namedtuple
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,9 @@ import pytest
 
 from shared.clock import utcnow
 from shared.database import Database
+from shared.errors import JobFailure, NoRoomYet
 from shared.events import Checkpoint
+from shared.lifecycle import FailureCode
 from shared.queue import Doorbell
 from shared.repository import copies, jobs, leases
 from shared.settings import Settings
@@ -28,15 +30,18 @@ from tests.worker.attempts import FILES, Attempt, Stalling
 from tests.worker.conftest import Start
 from tests.worker.test_pause import messages, pause, resume
 from tests.worker.test_supervisor import wait_status
+from worker import copies as worker_copies
 from worker import retention
 from worker.checkpoints import FOLDER, complete_checkpoints
 from worker.copies import Copies, remove_copies_of_ended, wanted
 from worker.lease import JobLease
 from worker.order import Order
+from worker.reservations import RESERVED, Promise, Reservation
 from worker.retention import collect
 from worker.sink import DatabaseSink
 
 Begin = Callable[..., Attempt]
+Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 @pytest.fixture
@@ -87,9 +92,9 @@ def settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
 
 
 on_a_folder = pytest.mark.parametrize("settings", ["file"], indirect=True)
+in_a_bucket = pytest.mark.parametrize("settings", ["s3"], indirect=True)
 
 
-@pytest.mark.postgresql
 def test_a_machine_that_has_no_checkpoint_goes_on_from_the_copy(begin: Begin, database: Database) -> None:
     job_id = make_job(database)
     first = begin(job_id)
@@ -156,14 +161,26 @@ def test_a_checkpoint_that_goes_while_it_is_copied_is_copied_whole_and_the_next_
 
 
 @on_a_folder
-def test_a_store_that_refuses_is_told_of_once_and_tried_again(begin: Begin, database: Database) -> None:
+def test_what_an_attempt_took_over_and_the_store_does_not_have_is_copied_at_once(
+    begin: Begin, database: Database
+) -> None:
+    attempt = begin(job_id := make_job(database))
+    attempt.save(5)
+    with attempt.copies(attempt.fetch()):
+        wait_copy(database, job_id, 5)
+
+
+@on_a_folder
+def test_a_store_that_refuses_is_told_of_once_and_tried_again(
+    begin: Begin, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     job_id = make_job(database)
     attempt = begin(job_id)
     with attempt.copies():
         attempt.store.refuses = True
         for step in (1, 2):
             attempt.save(step)
-            wait_for(lambda step=step: len(attempt.store.begun) == step)
+            wait_for(lambda step=step: f"checkpoint-{step}-" in str(attempt.store.begun))
         attempt.store.refuses = False
         attempt.save(3)
         wait_copy(database, job_id, 3)
@@ -174,8 +191,28 @@ def test_a_store_that_refuses_is_told_of_once_and_tried_again(begin: Begin, data
     ]
     assert "The checkpoint of step 3 is in the store" in str(told)
     assert "secret-bucket" not in str(told)
+    # Of a process that dies, users read the last line.
+    assert "secret-bucket" not in caplog.text.splitlines()[-1]
 
 
+@on_a_folder
+def test_a_copy_before_that_can_not_be_deleted_is_no_failure(
+    begin: Begin, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_key: str) -> None:
+        raise PermissionError
+
+    attempt = begin(job_id := make_job(database))
+    monkeypatch.setattr(attempt.store, "delete", refuse)
+    with attempt.copies():
+        for step in (1, 2):
+            attempt.save(step)
+            wait_copy(database, job_id, step)
+    assert len(stored(attempt.store)) == 2
+    assert not any("was not copied" in line for line in attempt.log())
+
+
+@in_a_bucket
 @pytest.mark.postgresql
 def test_an_attempt_that_was_overtaken_leaves_no_copy(begin: Begin, database: Database) -> None:
     job_id = make_job(database)
@@ -255,31 +292,61 @@ def test_a_tar_is_files_in_its_folder_and_nothing_else(
 
 
 @on_a_folder
-def test_an_end_waits_for_the_copy_as_long_as_it_may(begin: Begin, database: Database) -> None:
-    job_id = make_job(database)
-    attempt = begin(job_id)
-    running = Copies(attempt.order, attempt.store, attempt.sink, None)
-    attempt.sink.on_checkpoint = running.offer
-    attempt.store.flows.clear()
-    attempt.save(1)
-    wait_for(lambda: attempt.store.begun)
-    threading.Timer(0.3, attempt.store.flows.set).start()
-    running.end(lambda: time.monotonic() + 30)
-    found = copy_of(database, job_id)
-    assert found is not None
-    assert found.step == 1
-    late = begin(make_job(database), "late", "late")
-    running = Copies(late.order, late.store, late.sink, None)
-    late.sink.on_checkpoint = running.offer
-    late.store.flows.clear()
-    late.save(1)
-    wait_for(lambda: late.store.begun)
-    limit = time.monotonic() + 0.2
-    threading.Timer(0.5, late.store.flows.set).start()
+def test_an_end_waits_for_the_copy_as_long_as_it_may(
+    begin: Begin, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stalled(token: str) -> tuple[Attempt, Copies]:
+        attempt = begin(make_job(database), token, token)
+        running = Copies(attempt.order, attempt.store, attempt.sink, None)
+        attempt.sink.on_checkpoint = running.offer
+        attempt.store.flows.clear()
+        attempt.save(1)
+        wait_for(lambda: attempt.store.begun)
+        return attempt, running
+
+    def goes_on() -> float:
+        attempt.store.flows.set()
+        return time.monotonic() + 30
+
+    attempt, running = stalled("one")
+    running.end(goes_on)
+    found = wait_copy(database, attempt.order.job_id, 1)
+    # Nor is a thread waited for that hangs in the store.
+    monkeypatch.setattr(worker_copies, "GIVE_UP_SECONDS", 0.05)
+    late, running = stalled("late")
+    limit = time.monotonic() + 0.05
     running.end(lambda: limit)
-    # Nothing half written is left.
-    assert stored(late.store) == [found.key]
     assert "was not copied into the store: there was no time left for it." in late.log()[-1]
+    late.store.flows.set()
+    # Nothing half written is left.
+    assert wait_for(lambda: stored(late.store) == [found.key])
+    assert copy_of(database, late.order.job_id) is None
+
+
+@on_a_folder
+def test_a_copy_has_its_room_promised_before_it_is_fetched(
+    begin: Begin, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin(job_id := make_job(database))
+    with first.copies():
+        first.save(8)
+        copy = wait_copy(database, job_id, 8)
+    lose_lease(database, job_id)
+    second = begin(job_id, "other", "two")
+    free = copy.bytes - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(0, 0, free))
+    with pytest.raises(JobFailure) as caught:
+        second.fetch()
+    assert caught.value.code == FailureCode.OUT_OF_DISK
+    free = 2 * copy.bytes
+    filled = begin(make_job(database), "third", "third")
+    filled.save(1)
+    held = Reservation(second.cache / RESERVED)
+    held.hold([Promise.of(copy.bytes + 1, [filled.folder])])
+    with pytest.raises(NoRoomYet):
+        second.fetch()
+    held.close()
+    assert second.fetch() == 8
 
 
 @on_a_folder

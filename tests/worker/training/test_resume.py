@@ -185,7 +185,7 @@ def test_a_killed_job_goes_on_bit_for_bit_on_another_machine(
     first = one.attempt(CopyingSink(6, die))
     with database.write() as session:
         leases.lose(session, jobs.lock_job(session, job_id, None), "It died.", 9)
-    assert fetch_copy(orders["other"], database, store, sink_of("other")) == 4
+    assert fetch_copy(orders["other"], database, store, sink_of("other"), tmp_path / "cache") == 4
     second = other.attempt()
     bell.close()
     assert any(m.startswith("Resumed from step 4 of 9.") for m in messages(second))
