@@ -49,7 +49,7 @@ WRITING = "writing"
 # The first one is the supervisor's, between claiming a job and starting its process.
 POINTS = (
     "claimed", "published", "measured", "results", "finishing", "checkpoint written", "checkpoint renamed",
-    "copied", WRITING,
+    "sent", "copied", WRITING,
 )  # fmt: skip
 
 
@@ -251,6 +251,6 @@ def _after_publishing(_store: Store, _source: Path, key: str) -> None:
 if __name__ == "__main__":
     hook(Store, "publish", _before_publishing, _after_publishing)
     hook(JobLease, "log", lambda *_: None, lambda *_: stumble.at(WRITING))
-    hook(DatabaseSink, "checkpoint_copy", lambda *_: None, lambda *_: stumble.at("copied"))
+    hook(DatabaseSink, "checkpoint_copy", lambda *_: stumble.at("sent"), lambda *_: stumble.at("copied"))
     hook(DatabaseSink, "finish", lambda *_: stumble.at("finishing"), lambda *_: None)
     main(pipeline, export, warm_up)
