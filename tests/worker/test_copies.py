@@ -10,7 +10,6 @@ from collections import namedtuple
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,13 +26,10 @@ from shared.tables import CheckpointCopy
 from tests.conftest import wait_for
 from tests.samples import make_job, size_and_hash
 from tests.worker.attempts import FILES, Attempt, Stalling
-from tests.worker.conftest import Start
-from tests.worker.test_pause import messages, pause, resume
-from tests.worker.test_supervisor import wait_status
 from worker import copies as worker_copies
 from worker import retention
 from worker.checkpoints import FOLDER, complete_checkpoints
-from worker.copies import Copies, remove_copies_of_ended, wanted
+from worker.copies import Copies, remove_copies_of_ended
 from worker.lease import JobLease
 from worker.order import Order
 from worker.reservations import RESERVED, Promise, Reservation
@@ -387,38 +383,3 @@ def test_it_is_removed_once_the_job_has_ended_and_known_until_then(
     attempt.store.publish(attempt.save(2) / "checkpoint.json", copy.key)
     (stray,) = collect(database, attempt.store, settings, dry_run=False)
     assert (stray.what, stray.job_id) == ("files without a row", job_id)
-
-
-@on_a_folder
-def test_paused_it_is_in_the_store_and_goes_on_from_there(
-    start: Start, database: Database, settings: Settings, doorbell: Doorbell
-) -> None:
-    start(store_checkpoints="on")
-    job_id = make_job(database, name="patient")
-    wait_for(lambda: messages(database, job_id)[-1] == "from step 0")
-    pause(database, doorbell, job_id)
-    wait_status(database, job_id, "paused")
-    copy = copy_of(database, job_id)
-    assert copy is not None
-    kept = settings.root / "work" / job_id
-    wait_for(lambda: [path.name for path in kept.iterdir()] == [FOLDER])
-    # As on another machine.
-    shutil.rmtree(kept)
-    resume(database, doorbell, job_id)
-    wait_for(lambda: f"from step {copy.step}" in messages(database, job_id))
-    told = messages(database, job_id)
-    assert f"The checkpoint of step {copy.step} came from the store." in told
-    assert not any("begins anew" in line for line in told)
-
-
-@on_a_folder
-@pytest.mark.parametrize(
-    ("chosen", "url", "expected"),
-    [("auto", None, False), ("on", None, True), ("auto", "memory://x", True), ("off", "memory://x", False)],
-)
-def test_by_default_only_a_store_on_the_network_gets_copies(
-    settings: Settings, chosen: str, url: str | None, expected: bool
-) -> None:
-    changes: dict[str, Any] = {"store_checkpoints": chosen, "artifacts_url": url}
-    changed = settings.model_copy(update=changes)
-    assert wanted(changed, Store(changed.artifacts())) is expected
