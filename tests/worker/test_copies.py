@@ -61,10 +61,8 @@ def copy_of(database: Database, job_id: str) -> CheckpointCopy | None:
 
 
 def wait_copy(database: Database, job_id: str, step: int) -> CheckpointCopy:
-    return (
-        wait_for(lambda: (found := copy_of(database, job_id)) and found.step == step and found)
-        or CheckpointCopy()
-    )
+    found = wait_for(lambda: [c for c in [copy_of(database, job_id)] if c is not None and c.step == step])
+    return found[0]
 
 
 def stored(store: Store) -> list[str]:
