@@ -26,7 +26,7 @@ from shared.lifecycle import Phase
 from shared.spec import JobSpec
 from worker.order import Order
 from worker.process import ENVIRONMENT, REPORTS
-from worker.reporter import Ending, Run
+from worker.reporter import BEGUN, Ending, Run
 from worker.training.exports.files import tar_artifact
 
 # What each reporter gets of the worker's environment beside what every process gets.
@@ -43,9 +43,13 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "PYTHONUTF8": "1",
 }
-ROWS_AHEAD = 10_000
+# A job that goes on tells all of its steps at once.
+ROWS_AHEAD = 100_000
 # How long the end of a job waits for what was not sent yet: one that was stopped has to make room soon.
 ENDING_SECONDS: dict[Ending, float] = {"succeeded": 20.0, "failed": 5.0, "stopped": 1.0}
+# One that has not begun its run in this time is taken to be away, and is hardly waited for.
+BEGINNING_SECONDS = 30.0
+AWAY_SECONDS = 0.5
 
 
 def reporter_environment(report_to: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
@@ -134,10 +138,14 @@ class _Reporter:
         self._sink = sink
         self._rows: queue.Queue[str | None] = queue.Queue(ROWS_AHEAD)
         self._warned = threading.Event()
+        self._begun = threading.Event()
+        self._started_at = time.monotonic()
         kept = {k: v for k, v in os.environ.items() if k in ENVIRONMENT or k.startswith("LC_")}
         own = tuple(PREFIXES[name])
         secrets = {k: v for k, v in given.items() if own and k.startswith(own)}
-        with (root / f"reporter-{name}.log").open("wb") as output:
+        reports = Path(run.folder).parent
+        reports.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (reports / f"{name}.log").open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.reporter", name],
                 stdin=subprocess.PIPE,
@@ -162,14 +170,22 @@ class _Reporter:
             self._warn("it does not keep up, and steps are left out")
 
     def ask_to_end(self, ending: Ending) -> None:
-        try:
-            self._rows.put_nowait(json.dumps({"end": ending}))
-            self._rows.put_nowait(None)
-        except queue.Full:
-            return  # It hangs, and is ended without a word.
+        for line in (json.dumps({"end": ending}), None):
+            while True:
+                try:
+                    self._rows.put_nowait(line)
+                    break
+                except queue.Full:
+                    # Its end comes before a step: without it, it would wait for more, and the feeder too.
+                    self._warn("it does not keep up, and steps are left out")
+                    with suppress(queue.Empty):
+                        self._rows.get_nowait()
 
     def end(self, seconds: float) -> None:
         """Wait for its end, for so long at most, then end it."""
+        late = time.monotonic() - self._started_at > BEGINNING_SECONDS
+        if late and not self._begun.is_set():
+            seconds = min(seconds, AWAY_SECONDS)
         try:
             self._process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
@@ -195,8 +211,12 @@ class _Reporter:
                 return  # It has ended: `_listen` says so.
 
     def _listen(self) -> None:
-        stdout = self._process.stdout
-        word = stdout.read().strip() if stdout is not None else ""
+        stdout, word = self._process.stdout, ""
+        for line in stdout or ():
+            word = line.strip()
+            if word == BEGUN:
+                self._begun.set()
+                word = ""
         code = self._process.wait()
         if word == "not installed":
             self._warn("it is not installed on this worker (the extra `reporters` has it)")

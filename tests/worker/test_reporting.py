@@ -110,13 +110,18 @@ def test_tensorboard_reads_all_attempts_as_one_run(attempt: Attempt, tmp_path: P
     assert set(events.Tags()["scalars"]) == {"train/loss", "eval/loss"}
 
 
-# MLflow's own reading of its database.
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
-def test_mlflow_goes_on_with_the_jobs_run(attempt: Attempt, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/runs.db"
+# MLflow's own reading of its database, and its word on folders.
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("place", ["sqlite:///{}/runs.db", "file:{}/runs"], ids=["database", "folder"])
+def test_mlflow_goes_on_with_the_jobs_run(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the client below
+    uri = place.format(tmp_path)
     given = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": "tides"}
     assert warnings(attempt("mlflow", given=given)) == []
-    assert warnings(attempt("mlflow", steps=range(4, 6), given=given)) == []
+    # A job that goes on tells its rows again.
+    assert warnings(attempt("mlflow", steps=range(1, 6), given=given)) == []
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tides")
     assert experiment is not None
@@ -124,16 +129,22 @@ def test_mlflow_goes_on_with_the_jobs_run(attempt: Attempt, tmp_path: Path) -> N
     assert (run.info.run_name, run.info.status, run.data.params["lora.r"]) == ("Tides", "FINISHED", "8")
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == [1, 2, 3, 4, 5]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "eval/loss")] == [3, 5]
 
 
 def test_trackio_keeps_its_runs_in_the_data_folder(attempt: Attempt, tmp_path: Path) -> None:
     assert warnings(attempt("trackio")) == []
-    assert warnings(attempt("trackio", steps=range(4, 6))) == []
+    assert warnings(attempt("trackio", steps=range(1, 6))) == []
     with sqlite3.connect(tmp_path / "data" / "reports" / "trackio" / "tuneyard.db") as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id").fetchall()
     assert {row[0] for row in rows} == {f"Tides ({JOB})"}
-    steps = {row[1] for row in rows if "train/loss" in json.loads(row[2])}
-    assert sorted(steps) == [1, 2, 3, 4, 5]
+    assert [row[1] for row in rows if "train/loss" in json.loads(row[2])] == [1, 2, 3, 4, 5]
+
+
+def test_trackio_says_that_its_server_took_nothing(attempt: Attempt) -> None:
+    given = {"TRACKIO_SERVER_URL": "http://127.0.0.1:1", "TRACKIO_WRITE_TOKEN": SECRET}
+    (warning,) = warnings(attempt("trackio", given=given))
+    assert "ConnectionError" in warning
 
 
 def wandb_file(folder: Path) -> Path:
@@ -198,7 +209,8 @@ def test_a_reporter_that_fails_is_one_warning_without_its_words(
 def test_a_reporter_that_hangs_holds_up_nobody(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(reporting_module.ENDING_SECONDS, "succeeded", 0.5)
+    # It had its time to begin: it is not given that of a run that only has to be sent.
+    monkeypatch.setattr(reporting_module, "BEGINNING_SECONDS", 0.0)
     monkeypatch.setattr(reporting_module, "ROWS_AHEAD", 50)
     fake(tmp_path, monkeypatch, "import time; time.sleep(600)")
     began = time.monotonic()
@@ -206,6 +218,27 @@ def test_a_reporter_that_hangs_holds_up_nobody(
     assert time.monotonic() - began < 8
     (warning,) = warnings(sink)
     assert "steps are left out" in warning
+
+
+def test_a_reporter_that_was_behind_is_told_of_the_end(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting_module, "ROWS_AHEAD", 50)
+    code = f"""
+import time
+class Settings:
+    def __init__(self, **settings): pass
+class Run:
+    def log(self, values, step): pass
+    def finish(self, exit_code): open({str(tmp_path / "ended")!r}, "w").write(str(exit_code))
+def init(**given):
+    time.sleep(1.5)  # until all that it can be told is waiting
+    return Run()
+"""
+    fake(tmp_path, monkeypatch, code)
+    (warning,) = warnings(attempt("wandb", steps=range(1, 10_000)))
+    assert "steps are left out" in warning
+    assert (tmp_path / "ended").read_text() == "0"
 
 
 def test_a_job_that_is_stopped_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
