@@ -40,8 +40,6 @@ ROOT = Path(__file__).parents[2]
 NO_FURTHER = 1.1
 # And that one by so much at most.
 REFERENCE_OFF = 0.12
-# How far rounding moves the states of a packed document, and how many times as far its neighbours would.
-ROUNDED, SEEN = 0.05, 10
 # Name: what runs, whom it is compared with, relative bounds of the loss at every step, of the gradients'
 # length along float32's, and of their distance from it where that isn't the reference's own.
 RUNS: dict[str, dict[str, Any]] = {
@@ -163,10 +161,10 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_packed_documents_do_not_see_each_other(runs: Any, name: str) -> None:
     moved = runs(name)["moved"]
     print(f"{name}: a document's states move by {moved['packed']:.5f} packed, {moved['joined']:.4f} joined")
-    # In bfloat16 sums of another order round differently, the more so the deeper the model: 1% in SmolLM2,
-    # 4% in 32 layers of random weights. Documents that do see each other move the states by far more.
-    assert moved["packed"] < ROUNDED
-    assert moved["joined"] > SEEN * moved["packed"]
+    # In bfloat16 sums of another order round differently, and no more than that.
+    assert moved["packed"] < 0.02
+    # The same measurement tells when documents do see each other.
+    assert moved["joined"] > 5 * moved["packed"]
 
 
 def test_each_engine_ran_as_itself(runs: Any) -> None:
