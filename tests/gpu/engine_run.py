@@ -1,8 +1,9 @@
 """One engine on one model in a process of its own, for `test_engines`: `python -m tests.gpu.engine_run JSON`.
 
 Prints one line of JSON: the losses of the first steps, and how far a document's states move when another
-stands in front of it. The gradients of one batch go into a safetensors file. An order that brings a whole
-`plan` and a `cap_gib` just trains, in no more memory than that.
+stands in front of it. The gradients of one batch and those states go into two safetensors files. An order
+that says `float8` rounds the adapted matrices' products by the book. One that brings a whole `plan` and a
+`cap_gib` just trains, in no more memory than that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
     from shared.events import GoOn, MemorySink
     from shared.plan import Plan
     from shared.spec import JobSpec
+    from tests.gpu.float8 import round_products
     from worker.training.data import prepare_data
     from worker.training.engines import engine_of
     from worker.training.engines.adapters import start_adapter
@@ -67,13 +69,16 @@ def main() -> None:
     data = prepare_data(spec, Path(order["rows"]), tokenizer, sink, GoOn(), None, cache=folder / "cache")
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
     trained = engine_of(plan).load_model(spec, plan, model)
+    if order.get("float8"):
+        round_products(trained)
 
     moved = None
     if "plan" not in order:
         trainer = make_trainer(spec, plan, trained, tokenizer, data, 1, folder / "aside", [])
         scramble(trainer.model.train())
         save_file(gradients_of(trainer, data.train[0]), folder / f"{order['name']}.safetensors")
-        moved = isolation(trainer, data.train[0])
+        states, moved = isolation(trainer, data.train[0])
+        save_file({"states": states}, folder / f"{order['name']}-states.safetensors")
         del trainer
         start_adapter(trained, spec.training.seed)
         trained.zero_grad(set_to_none=True)
@@ -107,10 +112,12 @@ def gradients_of(trainer: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {name.replace(".default", ""): gradient for name, gradient in found.items()}
 
 
-def isolation(trainer: Any, row: dict[str, Any]) -> dict[str, float]:
-    """How far the states of a row's second document are from those it has alone.
+def isolation(trainer: Any, row: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+    """A row's second document's states when it is alone, and how far another in front of it moves them.
 
-    `packed` as training packs it, `joined` where the border in front of it is forgotten.
+    `packed`: from those alone to those packed as training packs it. `swapped`: from there to those with other
+    words in front, which no rounding explains, for the shapes are the same. `joined`: from those alone to
+    those where the border is forgotten.
     """
     import torch
 
@@ -126,11 +133,19 @@ def isolation(trainer: Any, row: dict[str, Any]) -> dict[str, float]:
             loss_of(trainer, {"input_ids": ids, "labels": ids, "seq_lengths": lengths})
         return seen.pop()[start : start + second]
 
+    def apart(one: Any, other: Any) -> float:
+        return float((one - other).norm() / alone.norm())
+
     alone = states(ids[first:], [second], 0)
     packed, joined = states(ids, [first, second], first), states(ids, [first + second], first)
+    swapped = states(ids[:first][::-1] + ids[first:], [first, second], first)
     hook.remove()
-    norm = alone.norm()
-    return {"packed": float((packed - alone).norm() / norm), "joined": float((joined - alone).norm() / norm)}
+    moved = {
+        "packed": apart(packed, alone),
+        "swapped": apart(swapped, packed),
+        "joined": apart(joined, alone),
+    }
+    return alone.cpu(), moved
 
 
 if __name__ == "__main__":
