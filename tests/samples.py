@@ -15,7 +15,8 @@ from shared.lifecycle import JobStatus
 from shared.repository import files
 from shared.repository.jobs import PRIORITIES, add_job
 from shared.settings import Settings
-from shared.spec import JobSpec
+from shared.shape import SMOLLM2_135M
+from shared.spec import BUNDLED_MODEL, JobSpec
 from shared.storage import Store
 from shared.tables import ArtifactRow, DatasetRow, Job
 
@@ -57,6 +58,7 @@ def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:
         model=parsed.model,
         priority=PRIORITIES[parsed.priority],
         spec=parsed.to_json(),
+        model_shape=SMOLLM2_135M.to_json() if parsed.model == BUNDLED_MODEL else None,
         user_metadata=dict(parsed.metadata),
     )
     with database.write() as session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import peft
@@ -15,13 +14,17 @@ def round_products(model: Any) -> None:
     """Let a float32 PEFT model multiply every adapted matrix rounded to float8, forwards and backwards."""
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.Linear):
-            module.base_layer.forward = partial(_RoundedLinear.apply, weight=module.base_layer.weight)
+            module.base_layer.forward = _rounded_product(module.base_layer.weight)
 
 
 def rounded(matrix: torch.Tensor) -> torch.Tensor:
     """(rows, columns): each row as float8 has it when its largest element is the largest that float8 has."""
     scale = matrix.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / torch.finfo(FLOAT8).max
     return (matrix / scale).to(FLOAT8).to(matrix.dtype) * scale
+
+
+def _rounded_product(weight: torch.Tensor) -> Any:
+    return lambda x: _RoundedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
 
 
 class _RoundedLinear(torch.autograd.Function):

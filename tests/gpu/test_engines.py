@@ -41,9 +41,12 @@ pytestmark = pytest.mark.train
 
 STEPS = 50
 ROOT = Path(__file__).parents[2]
-# An engine's gradients may be so much further from float32's than the reference's in bfloat16.
-NO_FURTHER = 1.1
-# And that one by so much at most.
+# An engine's gradients may be so much further from float32's than those it is measured by, for it rounds at
+# other places: of six on two models the nearest had 0.79 of the reference's distance and the furthest 1.10.
+NO_FURTHER = 1.25
+# In one matrix alone, less of it evens out.
+WORST = 2
+# And the reference's own distance is so much at most.
 REFERENCE_OFF = 0.12
 # Name: what runs, whom its losses are compared with, the relative bound of the loss at every step, and whose
 # gradients its own may be as far off as, with how much their lengths along float32's may differ.
@@ -155,8 +158,8 @@ def test_gradients_agree_with_the_reference_in_float32(runs: Any, name: str) -> 
     # bfloat16 has no direction; float8 rounds so much that what is left of the direction is shorter.
     expected = allowed.along if RUNS[name]["gradient"] == "float8" else 1
     assert abs(found.along - expected) < RUNS[name]["along"]
-    # A matrix whose gradient is next to nothing is mostly rounding.
-    assert found.worst < 3 * NO_FURTHER * allowed.whole
+    # A matrix whose gradient is next to nothing is mostly rounding, in each of them.
+    assert found.worst < WORST * allowed.worst
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from shared.planner import COMPILED_ARCHITECTURES
+from tests.gpu.float8 import round_products
 from worker.training.collate import FlatCollator
 from worker.training.engines import layers
 from worker.training.engines.adapters import decoder_layers
@@ -104,6 +105,29 @@ def test_a_fused_lora_computes_what_peft_does(tiny_model: Path, exact_float8: No
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_float8_gradients_are_off_by_its_rounding_and_no_more(tiny_model: Path) -> None:
+    """Against float32, the engine's are as far off as those of products that are rounded by the book."""
+    model = adapted(tiny_model, dropout=0.0)
+    fused, by_the_book = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_adapters(fused)
+    quantize_rows(fused)
+    round_products(by_the_book)
+    ids = torch.tensor([ROW["input_ids"]])
+    gradients = []
+    for each in (model, by_the_book, fused):
+        each.train()
+        if each is fused:
+            ready_adapters(fused)
+        each(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found = [p.grad.flatten() for _, p in sorted(each.named_parameters()) if p.grad is not None]
+        gradients.append(torch.cat(found))
+    exact, expected, found = gradients
+    off, allowed = ((each - exact).norm() / exact.norm() for each in (found, expected))
+    assert 0.01 < allowed < 0.3
+    assert off < 1.25 * allowed
+    assert (found * exact).sum() / (exact * exact).sum() == pytest.approx(1, abs=0.02)
 
 
 def test_dropout_zeroes_its_share_keeps_the_mean_and_follows_the_seed() -> None:
