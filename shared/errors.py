@@ -141,6 +141,10 @@ class JobFailure(Exception):
         self.advice = advice
 
 
+class ProcessLost(Exception):
+    """A process of the attempt ended without a word: it counts as the loss of the whole attempt."""
+
+
 class JobStopped(Exception):
     """The pipeline was asked to stop (cancel, pause or hand back), or may not go on yet, and has stopped."""
 

@@ -24,7 +24,7 @@ from typing import cast
 from sqlalchemy.exc import OperationalError
 
 from shared.database import Database
-from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost, NoRoomYet
+from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost, NoRoomYet, ProcessLost
 from shared.events import Artifact, Control, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
@@ -231,6 +231,8 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
         sink.give_back(error.message)
     except JobStopped:
         sink.give_back("The worker asked it to stop.")
+    except ProcessLost as error:
+        sink.lose(str(error), settings.max_losses)
     except OperationalError as error:
         logger.warning("The database was away as the job began: %s", error.orig)
         sink.give_back("The database was away as the job began.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -84,8 +84,8 @@ class Claims:
 
     A GPU counts with the memory that is free on it now, whoever has the rest. A job that fits none of this
     box's slots is left to other workers, one whose GPU somebody outside uses waits, and so does one that was
-    put off until there is room on this box's disk; none holds up those behind it. A job that asks for more
-    GPUs than are free keeps the free ones for itself.
+    put off until there is room on this box's disk; none holds up those behind it. A job that asks for several
+    GPUs, and has to wait for jobs of this box alone, keeps the free ones that it fits for itself.
     """
 
     def __init__(self, settings: Settings, database: Database, worker: str, slots: Sequence[Device]) -> None:
@@ -123,9 +123,13 @@ class Claims:
                 continue
             match = find_match(wanted, [measured[index] for index in left])
             if match is None:
-                if self._keeps_slots(wanted, left):
+                if self._waits_for_own_jobs(wanted, left, measured):
+                    for index in _kept(wanted, left, measured):
+                        del left[index]
+                else:
+                    self._wait(job, wanted, left, measured)
+                if not left:
                     return
-                self._wait(job, wanted, left, measured)
                 continue
             claimed = self._claim(job.id, match.plan)
             if claimed is not None:
@@ -152,10 +156,13 @@ class Claims:
                 return
             last = jobs[-1]
 
-    def _keeps_slots(self, wanted: Wanted, left: Collection[int]) -> bool:
-        """Whether the job could run here once more of this box's own jobs have ended."""
-        gpus = wanted.spec.gpus
-        return gpus > 1 and len(left) < gpus and find_match(wanted, self._slots) is not None
+    def _waits_for_own_jobs(
+        self, wanted: Wanted, left: Collection[int], measured: Mapping[int, Device]
+    ) -> bool:
+        """Whether the job could run here once more of this box's own jobs have ended, whoever uses the GPUs
+        outside: it is a queue like any other."""
+        then = [measured[slot.index] if slot.index in left else slot for slot in self._slots]
+        return len(left) < len(self._slots) and find_match(wanted, then) is not None
 
     def _claim(self, job_id: str, plan: Plan) -> Job | None:
         expires_at = utcnow() + timedelta(seconds=self._settings.lease_seconds)
@@ -177,10 +184,11 @@ class Claims:
             why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
             self._refuse(job, FailureCode.OUT_OF_MEMORY, why, MEMORY_ADVICE)
             return
-        if find_match(wanted, self._slots) is None:
+        gpus, there = wanted.spec.gpus, len(self._slots)
+        if gpus > there:
+            why = f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
+        elif find_match(wanted, self._slots) is None:
             why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
-        elif all(slot.index not in left for slot in fitting):
-            return  # This box's own jobs have the GPUs that it fits: it is a queue like any other.
         else:
             why = f"Not enough GPU memory is free on worker {self._worker}: " + "; ".join(
                 _usage(slot, measured[slot.index]) for slot in fitting if slot.index in left
@@ -235,6 +243,12 @@ def find_match(wanted: Wanted, devices: Sequence[Device]) -> Match | None:
         return Match(tuple(largest), plan) if plan else None
     found = [Match((device,), plan) for device in devices if (plan := wanted.plan([device]))]
     return max(found, key=lambda match: match.plan.tokens_per_second or 0, default=None)
+
+
+def _kept(wanted: Wanted, left: Collection[int], measured: Mapping[int, Device]) -> list[int]:
+    """Those of the free slots that a job for several GPUs keeps for itself: each that it would fit."""
+    gpus = wanted.spec.gpus
+    return [i for i in left if gpus > 1 and find_match(wanted, [measured[i]] * gpus) is not None]
 
 
 def _fail(session: Session, job: Job, code: FailureCode, message: str, advice: str) -> None:

@@ -43,6 +43,9 @@ class Lease(Protocol):
     def give_back(self, session: Session, why: str) -> None:
         """End the attempt alone."""
 
+    def lose(self, session: Session, why: str, max_losses: int) -> None:
+        """End the attempt, and the work too if that has happened too often."""
+
 
 @dataclass(frozen=True)
 class JobLease:
@@ -68,6 +71,9 @@ class JobLease:
 
     def give_back(self, session: Session, why: str) -> None:
         leases.give_back(session, self.hold(session), why)
+
+    def lose(self, session: Session, why: str, max_losses: int) -> None:
+        leases.lose(session, self.hold(session), why, max_losses)
 
 
 @dataclass(frozen=True)
@@ -106,3 +112,6 @@ class ExportLease:
 
     def give_back(self, session: Session, why: str) -> None:
         exports.give_back(session, self.hold(session), why)
+
+    def lose(self, session: Session, why: str, max_losses: int) -> None:
+        exports.lose(session, self.hold(session), why, max_losses)

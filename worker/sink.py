@@ -229,6 +229,15 @@ class DatabaseSink:
         self._stop_thread()
         self._commit(lambda session: self._held.give_back(session, why))
 
+    def lose(self, why: str, max_losses: int) -> None:
+        """End this attempt as one whose process died: queued again, or failed when that was the last time.
+
+        Raises:
+            LeaseLost: another attempt has the job.
+        """
+        self._stop_thread()
+        self._commit(lambda session: self._held.lose(session, why, max_losses))
+
     def run_out_of_memory(self, failure: JobFailure) -> None:
         """End this attempt, and the job if no cheaper plan is left to try.
 

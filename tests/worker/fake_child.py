@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.disk import DiskNeed
+from shared.errors import ProcessLost
 from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress, TrainingControl
 from shared.exports import artifact_name
 from shared.lifecycle import Phase
@@ -56,8 +57,9 @@ def pipeline(
         return []
     if word == "tell":
         return _tell(workdir, sink, (spec.name or "").split()[1])
-    if word == "fail":
-        raise ValueError("the pipeline broke")
+    if word in ("fail", "lost"):
+        gone = ProcessLost("The job's process on GPU 1 ended unexpectedly (signal 9).")
+        raise {"fail": ValueError("the pipeline broke"), "lost": gone}[word]
     if word == "die":
         time.sleep(0.3)  # long enough for the log to be written
         os.kill(os.getpid(), signal.SIGKILL)

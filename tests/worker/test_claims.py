@@ -29,6 +29,7 @@ from worker.reservations import RESERVED, Promise, Reservation, free_bytes, put_
 
 GIB = 1 << 30
 SMALL, LARGE = Device("cuda", 0, "small", 24 * GIB), Device("cuda", 1, "large", 80 * GIB)
+OTHER = Device("cuda", 2, "large", 80 * GIB)
 SetFree = Callable[..., None]
 
 
@@ -179,6 +180,7 @@ def test_a_job_for_more_gpus_than_the_box_has_or_that_do_not_fit_it_keeps_none(
     one = make_job(database, name="job 10")
     assert claimed(box, SMALL) == [(one, [0])]
     assert status(database, four) == status(database, large) == "queued"
+    assert messages(database, four)[1] == "The job asks for 4 GPUs, and worker box-1 has 2. The job waits."
 
 
 def test_a_job_for_several_gpus_of_which_one_is_busy_holds_up_nobody(
@@ -189,6 +191,46 @@ def test_a_job_for_several_gpus_of_which_one_is_busy_holds_up_nobody(
     one = make_job(database, name="job 10")
     assert claimed(box, SMALL, LARGE) == [(one, [0])]
     assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, both)[1]
+
+
+def test_a_job_that_a_gpu_of_ours_fits_waits_for_it_however_long_another_is_used_outside(
+    settings: Settings, database: Database, set_free: SetFree
+) -> None:
+    slots = [SMALL, LARGE, OTHER]
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", slots)
+    set_free(24, 30, 80)
+    heavy, light = make_job(database, name="job 60"), make_job(database, name="job 10")
+    # One of this box's own jobs is on OTHER.
+    assert claimed(box, SMALL, LARGE) == [(light, [1])]
+    assert claimed(box, SMALL, LARGE) == claimed(box, SMALL, LARGE) == []
+    assert messages(database, heavy) == ["Accepted."]
+    assert claimed(box, SMALL, LARGE, OTHER) == [(heavy, [2])]
+
+
+def test_a_job_for_several_gpus_keeps_those_that_it_fits_and_no_others(
+    settings: Settings, database: Database, set_free: SetFree
+) -> None:
+    slots = [SMALL, LARGE, OTHER]
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", slots)
+    set_free(24, 80, 80)
+    large = make_job(database, name="job 60", gpus=2)
+    light, last = (make_job(database, name="job 10") for _ in range(2))
+    assert claimed(box, SMALL, LARGE) == [(light, [0])]
+    assert claimed(box, LARGE) == []
+    assert messages(database, large) == messages(database, last) == ["Accepted."]
+    assert claimed(box, SMALL, LARGE, OTHER) == [(large, [1, 2]), (last, [0])]
+
+
+def test_a_job_for_several_gpus_of_which_one_is_used_outside_keeps_none_from_those_behind_it(
+    settings: Settings, database: Database, set_free: SetFree
+) -> None:
+    box = Claims(settings, database, "box-1", [SMALL, LARGE, OTHER])
+    set_free(24, 5, 80)
+    three = make_job(database, name="job 10", gpus=3, training={"per_device_train_batch_size": 3})
+    behind = make_job(database, name="job 10")
+    # One of this box's own jobs is on OTHER: its end would not help.
+    assert claimed(box, SMALL, LARGE) == [(behind, [0])]
+    assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, three)[1]
 
 
 def test_the_child_sees_its_first_gpu_and_knows_the_others(start: Start, database: Database) -> None:

@@ -167,11 +167,12 @@ def test_a_child_that_does_not_listen_is_killed_with_its_own_children(
     assert wait_for(lambda: list(work.iterdir()) == [])
 
 
+@pytest.mark.parametrize("name", ["die", "lost"])
 def test_a_killed_child_is_run_again_and_its_job_fails_after_three_deaths(
-    start: Start, database: Database
+    start: Start, database: Database, name: str
 ) -> None:
     start()
-    job_id = make_job(database, name="die")
+    job_id = make_job(database, name=name)
     other = make_job(database)
     job = wait_status(database, job_id, "failed")
     assert (job.attempt, job.losses) == (3, 3)

@@ -49,6 +49,7 @@ def run(
     Raises:
         JobFailure: with a code of the contract. Other exceptions may leave it too: `failures.explain` makes
             failures of them.
+        ProcessLost: one of its processes on several GPUs is gone.
         JobStopped: `control` said so. No half-written artifact is left.
         NoRoomYet: before it trained: the disk has the room, and it is promised to others.
     """

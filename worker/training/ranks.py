@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from shared.errors import JobFailure, JobStopped
+from shared.errors import JobFailure, JobStopped, ProcessLost
 from shared.events import TrainingControl
 from shared.lifecycle import FailureCode
 from shared.plan import Plan
@@ -29,6 +29,7 @@ from worker.training.workdir import Workdir
 if TYPE_CHECKING:
     from worker.training.data import PreparedData
 
+MODULE = "worker.training.rank"
 POLL_SECONDS = 0.1
 # A rank that waits for others which write a checkpoint, or compile, is not lost.
 PATIENCE = timedelta(hours=1)
@@ -62,8 +63,9 @@ class Ranks:
                 time.sleep(POLL_SECONDS)
         failure = self._failure() if error is not None else None
         self._end(failed=error is not None)
-        if failure is not None and not isinstance(error, JobFailure | JobStopped):
-            # That a peer is gone is all that this rank's own error can say.
+        if failure is not None and not isinstance(error, JobStopped):
+            # That a peer is gone is all that this rank's own error can say; sums that it had no part in may
+            # even look like training that diverged.
             raise failure from error
 
     def check(self) -> None:
@@ -71,6 +73,7 @@ class Ranks:
         Raises:
             JobStopped: the job's control said so.
             JobFailure: another rank has failed.
+            ProcessLost: another rank is gone.
         """
         self._control.check()
         failure = self._failure()
@@ -93,7 +96,7 @@ class Ranks:
             if self._plan.device == "cuda":
                 environment["CUDA_VISIBLE_DEVICES"] = str(self._workdir.gpus[rank])
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker.training.rank"],
+                [sys.executable, "-m", MODULE],
                 stdin=subprocess.PIPE,
                 # What it prints goes where this process' output goes.
                 env=environment,
@@ -152,8 +155,8 @@ class Ranks:
         except BrokenPipeError:
             return  # It has just ended: `check` tells.
 
-    def _failure(self) -> JobFailure | None:
-        """What the first rank that failed says of it."""
+    def _failure(self) -> JobFailure | ProcessLost | None:
+        """What the first rank that failed says of it; of one that said nothing, how it ended."""
         for rank, process in enumerate(self._processes, start=1):
             code = process.poll()
             if code:
@@ -161,11 +164,8 @@ class Ranks:
                     told = json.loads((self._folder / f"{rank}.failure").read_text(encoding="utf-8"))
                 except (OSError, ValueError):
                     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                    return JobFailure(
-                        FailureCode.WORKER_LOST,
-                        f"The process of GPU {rank} of the job ended unexpectedly ({how}).",
-                        "Submit the job again; the worker's log may say more.",
-                    )
+                    gpu = self._workdir.gpus[rank] if self._plan.device == "cuda" else rank
+                    return ProcessLost(f"The job's process on GPU {gpu} ended unexpectedly ({how}).")
                 return JobFailure(FailureCode(told["code"]), told["message"], told["advice"])
         return None
 

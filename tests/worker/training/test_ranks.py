@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from shared.errors import JobFailure, JobStopped
+from shared.errors import JobFailure, JobStopped, ProcessLost
 from shared.events import MemorySink
-from shared.lifecycle import Phase
+from shared.lifecycle import FailureCode, Phase
 from tests.conftest import wait_for
-from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
+from tests.worker.training.samples import Running, make_spec, new_workdir, plan_for, run_job
+from worker.training.ranks import Ranks
 
 pytestmark = pytest.mark.train
 
@@ -103,7 +105,7 @@ def test_a_job_that_left_with_a_checkpoint_goes_on_with_fewer_ranks(tmp_path: Pa
     assert [row["step"] for row in outcome.sink.rows] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_rank_that_dies_ends_the_job_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_rank_that_dies_ends_the_attempt_and_is_a_loss(tmp_path: Path, tiny_model: Path) -> None:
     sink = MemorySink()
 
     def kill() -> None:
@@ -112,12 +114,35 @@ def test_a_rank_that_dies_ends_the_job_and_says_so(tmp_path: Path, tiny_model: P
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(JobFailure, match=r"GPU 1 of the job ended unexpectedly \(signal 9\)"):
+    with pytest.raises(ProcessLost, match=r"process on GPU 1 ended unexpectedly \(signal 9\)"):
         run_job(
             make_spec({"max_steps": 5000}), new_workdir(tmp_path, tiny_model), sink, gpus=2, micro_batch=1
         )
     killer.join()
     assert ranks() == []
+
+
+def test_a_rank_out_of_memory_is_the_jobs_own(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.training.ranks.MODULE", "tests.worker.training.hungry_rank")
+    sink = MemorySink()
+    with pytest.raises(JobFailure, match="no room for 4 GiB") as failed:
+        run_job(
+            make_spec({"max_steps": 5000}), new_workdir(tmp_path, tiny_model), sink, gpus=2, micro_batch=1
+        )
+    assert failed.value.code == FailureCode.OUT_OF_MEMORY
+    assert [row["step"] for row in sink.rows] == [1]
+    assert ranks() == []
+
+
+def test_what_a_lost_rank_leaves_behind_is_not_taken_for_training_that_diverged(tmp_path: Path) -> None:
+    diverged = JobFailure(FailureCode.DIVERGED, "The loss was nan.", "")
+    lost = Ranks(plan_for(make_spec(), gpus=2), new_workdir(tmp_path, None), Running())
+    lost._processes = [subprocess.Popen(["/bin/sh", "-c", "kill -9 $$"], text=True)]
+    lost._processes[0].wait()
+    with pytest.raises(ProcessLost, match="signal 9"):
+        lost.__exit__(JobFailure, diverged, None)
 
 
 class InEvaluation(MemorySink):
@@ -154,7 +179,7 @@ def test_what_ends_an_evaluation_of_two_ranks_changes_no_loss(tmp_path: Path, ti
         assert ranks() == []
 
     control = Running()
-    ended(lambda: os.kill(ranks()[0].pid, signal.SIGKILL), JobFailure, control)
+    ended(lambda: os.kill(ranks()[0].pid, signal.SIGKILL), ProcessLost, control)
     ended(lambda: setattr(control, "stop", True), JobStopped, control)
     control = Running()
     ended(lambda: setattr(control, "leave", True), JobStopped, control)
