@@ -19,6 +19,8 @@ LIBRARIES = (
     "torch",
     "transformers",
     "trl",
+    "unsloth",
+    "unsloth_zoo",
 )
 # News for programmers of the libraries, not for who runs a job.
 DEVELOPER_NEWS = (

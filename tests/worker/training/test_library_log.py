@@ -16,11 +16,14 @@ def test_records_and_warnings_become_entries_once() -> None:
             logging.getLogger("transformers.trainer").warning("the %s is odd", "tokenizer")
             warnings.warn("slow path", UserWarning, stacklevel=1)
         logging.getLogger("trl.trainer.sft_trainer").error("broken")
+        # Where Unsloth says that it goes another way than asked.
+        logging.getLogger("unsloth_zoo.log").warning("falling back to unscaled RoPE")
         logging.getLogger("peft").info("not worth a line")
     assert [(e.level, e.message) for e in sink.entries] == [
         ("warning", "the tokenizer is odd"),
         ("warning", "slow path"),
         ("error", "broken"),
+        ("warning", "falling back to unscaled RoPE"),
     ]
     assert sink.entries[0].data == {"library": "transformers"}
 

@@ -45,7 +45,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
             trust_remote_code=False,
             use_gradient_checkpointing=checkpointing,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         unavailable(
             f"Unsloth can't load the weights of {model.id}: {error}",
             "Set engine to reference or compiled, or choose another model.",
@@ -90,17 +90,19 @@ def read_back(trainer: Any) -> dict[str, Any]:
     """
     from unsloth.utils import attention_dispatch
 
-    base = trainer.model.get_base_model()
-    layers = decoder_layers(base)
-    fused = sum("lora" in getattr(layer.self_attn.apply_qkv, "__name__", "") for layer in layers)
+    layers = decoder_layers(trainer.model.get_base_model())
+    packed = isinstance(trainer.data_collator, FlatCollator)
+    attention = attention_dispatch.select_attention_backend(use_varlen=packed)
+    # torch's own is behind "sdpa"; the others have kernels of variable length themselves.
+    varlen = attention != "sdpa" or attention_dispatch._TORCH_VARLEN_ATTN is not None
     return {
-        "attention": attention_dispatch.select_attention_backend(use_varlen=True),
-        "variable_length": attention_dispatch._TORCH_VARLEN_ATTN is not None,
+        "attention": attention,
+        "variable_length": varlen,
         "gradient_checkpointing": "all"
         if trainer.layer_calls["layer"] > trainer.layer_calls["model"]
         else "none",
         "layers": len(layers),
-        "fused_layers": fused,
+        "fused_layers": sum(map(_is_fused, layers)),
     }
 
 
@@ -118,6 +120,13 @@ def shortfalls(used: dict[str, Any]) -> list[str]:
             "others ran as PEFT has them."
         )
     return found
+
+
+def _is_fused(layer: Any) -> bool:
+    """Whether Unsloth put its own LoRA kernel in; the attention of models that it has none for is
+    transformers'."""
+    attention = getattr(layer, "self_attn", None)
+    return "lora" in getattr(getattr(attention, "apply_qkv", None), "__name__", "")
 
 
 def _count_calls(base: Any) -> dict[str, int]:
