@@ -6,7 +6,7 @@ FROM python:3.12-slim-bookworm
 # One uid in both images, for the API and the worker share one volume.
 RUN groupadd --gid 10001 tuneyard \
  && useradd --uid 10001 --gid tuneyard --home-dir /data/home --no-create-home --shell /usr/sbin/nologin tuneyard \
- && install --directory --owner=tuneyard --group=tuneyard --mode=0700 /data
+ && install --directory --owner=tuneyard --group=tuneyard --mode=0700 /data /data/home
 
 WORKDIR /build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

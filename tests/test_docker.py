@@ -32,8 +32,8 @@ KEYS = {
     "": {"services", "networks", "volumes"},
     "service": {
         "build", "cap_drop", "command", "depends_on", "deploy", "environment", "healthcheck", "image", "init",
-        "networks", "ports", "read_only", "restart", "security_opt", "stop_grace_period", "tmpfs", "user",
-        "volumes",
+        "networks", "ports", "read_only", "restart", "security_opt", "shm_size", "stop_grace_period", "tmpfs",
+        "ulimits", "user", "volumes",
     },
     "build": {"context", "dockerfile"},
     "healthcheck": {"test", "interval", "timeout", "retries", "start_period"},
@@ -65,6 +65,11 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 
 def of(path: Path, word: str) -> list[str]:
     return [rest for found, rest in instructions(path) if found == word]
+
+
+def variables(path: Path) -> dict[str, str]:
+    """What the image has in its environment."""
+    return dict(part.replace('"', "").split("=", 1) for line in of(path, "ENV") for part in line.split())
 
 
 def pins(name: str) -> dict[str, str]:
@@ -132,6 +137,31 @@ def test_the_api_and_the_worker_share_one_volume_and_one_uid(compose: dict[str, 
 def test_the_worker_reserves_the_gpus(compose: dict[str, Any]) -> None:
     devices = compose["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices == [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]
+    assert compose["services"]["worker"]["shm_size"] == "1gb"
+
+
+def test_a_driver_that_is_too_old_for_torchs_cuda_is_told() -> None:
+    environment = variables(ROOT / "Dockerfile.gpu")
+    runtime = pins("constraints-gpu.txt")["nvidia-cuda-runtime"]
+    assert environment["NVIDIA_REQUIRE_CUDA"] == f"cuda>={runtime.rsplit('.', 1)[0]}"
+    assert set(environment["NVIDIA_DRIVER_CAPABILITIES"].split(",")) >= {"compute", "utility"}
+
+
+def test_all_that_is_written_lies_in_the_volume_for_the_rest_is_read_only() -> None:
+    for path in DOCKERFILES:
+        environment = variables(path)
+        for name in {"HOME", "HF_HOME"} & set(environment):
+            assert Path(environment[name]).is_relative_to(environment["TUNEYARD_DATA_DIR"])
+        commands = [part for run in of(path, "RUN") for part in run.split("&&")]
+        [made] = [command for command in commands if "install --directory" in command]
+        assert environment["HOME"] in made.split()
+
+
+def test_the_hubs_account_goes_to_who_asks_the_hub(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    for name in ("api", "worker"):
+        assert services[name]["environment"].items() >= compose["x-hub"].items()
+    assert "HF_TOKEN" not in services["inference"]["environment"]
 
 
 def test_redis_keeps_its_messages_and_asks_for_a_password(compose: dict[str, Any]) -> None:
@@ -223,6 +253,11 @@ def test_the_workers_health_is_its_word_in_the_database(
     script = tmp_path / "health.py"
     [text] = [rest for rest in of(ROOT / "Dockerfile.gpu", "COPY") if "<<" in rest]
     script.write_text(text.partition("\n")[2], encoding="utf-8")
+    target = text.splitlines()[0].split()[-1]
+    # A folder that COPY has to make gets the file's mode.
+    assert Path(target).parent == Path("/usr/local/lib")
+    check = of(ROOT / "Dockerfile.gpu", "HEALTHCHECK")[0].partition("CMD ")[2]
+    assert json.loads(check) == ["python", target]
     environment = os.environ | {
         "TUNEYARD_DATA_DIR": str(settings.root),
         "TUNEYARD_DATABASE_URL": settings.database(),
