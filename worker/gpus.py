@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from shared.device import Device
 from shared.errors import InvalidRequest, Unavailable
 from shared.plan import EngineName
 
-QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+QUERY = (
+    "--query-gpu=index,uuid,name,memory.total,mig.mode.current",
+    "--format=csv,noheader,nounits",
+)
 FREE_QUERY = ("--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
 USE_QUERY = (
     "--query-gpu=index,name,memory.total,memory.used,utilization.gpu",
@@ -23,13 +28,15 @@ USE_QUERY = (
 )
 QUERY_SECONDS = 30
 
+logger = logging.getLogger(__name__)
+
 
 def find_slots(gpus: Sequence[int] | None, workers: int | None) -> list[Device]:
     """One slot per GPU, those named by `gpus` or all; without any GPU `workers` slots on the CPU (default 1).
 
     Raises:
         InvalidRequest: a GPU was named that is not there.
-        Unavailable: the driver is installed and does not answer.
+        Unavailable: the driver is installed and does not answer, or no GPU that it shows can be used.
     """
     found = probe_gpus()
     if gpus is not None:
@@ -49,7 +56,8 @@ def probe_gpus() -> list[Device]:
     """The NVIDIA GPUs that the driver shows and CUDA_VISIBLE_DEVICES, where it is set, leaves.
 
     Raises:
-        Unavailable: the driver's tool is there and fails: jobs must not end up on the CPU unnoticed.
+        Unavailable: the driver's tool is there and fails, or there are GPUs and none that can be used: jobs
+            must not end up on the CPU unnoticed.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     tool = shutil.which("nvidia-smi")
@@ -129,21 +137,49 @@ def _ask(tool: str, query: Sequence[str]) -> str:
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
     """Devices from nvidia-smi's answer to QUERY (memory in MiB; 0 where the driver does not tell).
 
+    One that is split with MIG is left out: its memory is not one job's to have.
+
     Args:
         visible: a comma-separated list of numbers or UUIDs, as CUDA_VISIBLE_DEVICES has it; None for all.
+
+    Raises:
+        Unavailable: `visible` names what is not there, or all GPUs are split.
     """
-    wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 5 and row[0].isdigit()]
+    if visible is not None:
+        rows = _visible(rows, visible)
+    split = ", ".join(row[0] for row in rows if row[4] == "Enabled")
+    rows = [row for row in rows if row[4] != "Enabled"]
+    if split:
+        why = f"Split with MIG, while jobs run on whole GPUs: {split}."
+        if not rows:
+            raise Unavailable(
+                f"{why} Switch MIG off (nvidia-smi -mig 0), or set CUDA_VISIBLE_DEVICES to nothing to run "
+                "jobs on the CPU."
+            )
+        logger.warning("%s These are left alone.", why)
     engines = installed_engines()
-    devices = []
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 4 or not parts[0].isdigit():
-            continue
-        index, uuid, name, memory = parts
-        if wanted is None or any(w == index or (w and uuid.startswith(w)) for w in wanted):
-            mebibytes = int(memory) if memory.isdigit() else 0
-            devices.append(Device("cuda", int(index), name, mebibytes << 20, engines))
-    return devices
+    return [
+        Device("cuda", int(index), name, (int(memory) if memory.isdigit() else 0) << 20, engines)
+        for index, _, name, memory, _ in rows
+    ]
+
+
+def _visible(rows: list[list[str]], visible: str) -> list[list[str]]:
+    """The rows that the list names. CUDA reads it up to the first -1."""
+    named = takewhile("-1".__ne__, [part.strip() for part in visible.split(",") if part.strip()])
+    found = set()
+    for part in named:
+        there = [number for number, row in enumerate(rows) if part == row[0] or row[1].startswith(part)]
+        if not there:
+            raise Unavailable(
+                f"CUDA_VISIBLE_DEVICES names {part}, which is no GPU that nvidia-smi shows: "
+                f"{', '.join(row[0] for row in rows)}. Name whole GPUs by their numbers or UUIDs, or nothing "
+                "to run jobs on the CPU."
+            )
+        found.update(there)
+    return [rows[number] for number in sorted(found)]
 
 
 def installed_engines() -> tuple[EngineName, ...]:

@@ -12,7 +12,7 @@ from worker import gpus
 from worker.gpus import find_slots, parse_gpus, probe_gpus
 from worker.usage import Usage
 
-TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bb22, NVIDIA RTX 4090, 24564\n"
+TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, Disabled\n1, GPU-bb22, NVIDIA RTX 4090, 24564, [N/A]\n"
 
 
 @pytest.fixture
@@ -29,15 +29,37 @@ def test_the_drivers_table_is_read() -> None:
     assert (first.index, first.name, first.memory_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
     assert (second.kind, second.index) == ("cuda", 1)
     assert parse_gpus("No devices were found\n") == []
-    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A]\n")
+    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A], [N/A]\n")
     assert shared.memory_bytes == 0
 
 
 @pytest.mark.parametrize(
-    ("visible", "indices"), [("1", [1]), ("0, 1", [0, 1]), ("GPU-bb22", [1]), ("GPU-aa", [0]), ("7", [])]
+    ("visible", "indices"),
+    [
+        ("1", [1]),
+        ("1, 0", [0, 1]),
+        ("GPU-bb22", [1]),
+        ("GPU-aa,0", [0]),
+        ("-1", []),
+        ("1,-1,0", [1]),
+    ],
 )
 def test_cuda_visible_devices_is_heeded(visible: str, indices: list[int]) -> None:
     assert [d.index for d in parse_gpus(TWO, visible)] == indices
+
+
+@pytest.mark.parametrize("visible", ["7", "0,7", "MIG-aa11", "all"])
+def test_a_gpu_that_is_not_there_is_no_reason_to_train_on_the_cpu(visible: str) -> None:
+    with pytest.raises(Unavailable, match=f"names {visible.split(',')[-1]}, which is no GPU.*: 0, 1"):
+        parse_gpus(TWO, visible)
+
+
+def test_a_gpu_that_is_split_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    split = TWO.replace("Disabled", "Enabled")
+    assert [d.index for d in parse_gpus(split)] == [1]
+    assert "whole GPUs: 0." in caplog.text
+    with pytest.raises(Unavailable, match="MIG"):
+        parse_gpus(split, "0")
 
 
 def test_a_driver_that_fails_is_no_reason_to_train_on_the_cpu(
