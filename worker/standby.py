@@ -1,13 +1,15 @@
 """Children in waiting: processes that have imported the training stack before there is a job for them.
 
 One is used for one job and never again. It holds no job, no secret and no memory of a GPU until it gets its
-order, and ends with its supervisor, whose pipe it reads.
+order, and ends with its supervisor, whose pipe it reads. It also ends when others need the machine's memory,
+and when packages have been installed since it imported them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from worker.sweep import STANDBY_PREFIX, remove_in_background
 REPLACE_SECONDS = 10.0
 # After a standby that died waiting, times the number of deaths in a row.
 RETRY_SECONDS = 60.0
+# Bytes of the machine's memory that must be available for one more to start, and for those that wait to stay.
+START_BYTES, STAY_BYTES = 2 << 30, 1 << 30
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Standby:
     process: Process
     engine: EngineName
     device: Device
+    packages: int
 
     def serves(self, engine: EngineName, device: Device) -> bool:
         # Unsloth changes what it is imported with, and has to be imported first. The others share a stack.
@@ -76,9 +81,15 @@ class Standbys:
             self._bury(standby)
         if time.monotonic() < self._not_before:
             return
-        engines = self._engines()
-        for standby in [s for s in self._waiting if s.engine not in engines]:
+        engines, available, packages = self._engines(), available_bytes(), packages_of()
+        for standby in [s for s in self._waiting if s.engine not in engines or s.packages != packages]:
             self._end(standby)
+        if self._waiting and available < STAY_BYTES:
+            logger.warning("The standbys end: %d MiB of memory are available", available >> 20)
+            self.close()
+            self._not_before = time.monotonic() + RETRY_SECONDS
+        if available < START_BYTES:
+            return
         # On the CPU a job has all cores, and another's imports would only take them away.
         devices = [*free, *(slot for slot in self._slots if slot.kind == "cuda" and slot not in free)]
         for engine in engines:
@@ -95,7 +106,8 @@ class Standbys:
         """
         self._last_engine = engine
         self._not_before = max(self._not_before, time.monotonic() + REPLACE_SECONDS)
-        for standby in sorted(self._waiting, key=lambda s: s.engine != engine):
+        ready = [s for s in self._waiting if s.packages == packages_of()]
+        for standby in sorted(ready, key=lambda s: s.engine != engine):
             if standby.serves(engine, device) and standby.process.exit_code() is None:
                 standby.process.move_to(folder)
                 self._waiting.remove(standby)
@@ -116,6 +128,7 @@ class Standbys:
         return tuple(engine for engine in self._wanted.split(",") if engine in installed)
 
     def _add(self, engine: EngineName, device: Device) -> None:
+        packages = packages_of()
         folder = self._work / f"{STANDBY_PREFIX}{os.getpid()}-{next(self._numbers)}"
         try:
             process = self._start(folder, device, [engine])
@@ -123,7 +136,7 @@ class Standbys:
             logger.error("A standby could not be started: %s", error)
             self._not_before = time.monotonic() + RETRY_SECONDS
             return
-        self._waiting.append(Standby(process, engine, device))
+        self._waiting.append(Standby(process, engine, device, packages))
         logger.info("Standby for %s on %s: process %d", engine, device.name, process.pid)
 
     def _bury(self, standby: Standby) -> None:
@@ -141,6 +154,18 @@ class Standbys:
         standby.process.close()
         self._waiting.remove(standby)
         remove_in_background(standby.process.folder)
+
+
+def available_bytes() -> int:
+    """Of the machine's memory, what a process can have without others losing theirs."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    told = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(told.split()[1]) << 10
+
+
+def packages_of() -> int:
+    """Changes when a package of this Python is installed, upgraded or removed."""
+    return max(Path(sysconfig.get_path(name)).stat().st_mtime_ns for name in ("purelib", "platlib"))
 
 
 def _likely_engine(slots: Sequence[Device]) -> EngineName:

@@ -26,6 +26,7 @@ from worker.standby import Standbys
 from worker.sweep import sweep
 
 GPU = Device("cuda", 0, "GPU", 80 << 30, ("reference", "compiled", "unsloth"))
+REAL_AVAILABLE = standby.available_bytes
 OTHER_GPU = Device("cuda", 1, "GPU", 80 << 30, ("reference", "compiled", "unsloth"))
 
 
@@ -69,6 +70,7 @@ class Box:
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standby, "REPLACE_SECONDS", 0.0)
     monkeypatch.setattr(standby, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(standby, "available_bytes", lambda: 64 << 30)
 
 
 def standing_by(but: int | None = None) -> int | None:
@@ -166,6 +168,33 @@ def test_only_unsloth_needs_its_own(tmp_path: Path) -> None:
     engines: list[EngineName] = ["reference", "unsloth"]
     taken = [box.standbys.take(engine, GPU, tmp_path / engine) for engine in engines]
     assert [cast("Started", t).engine for t in taken] == ["compiled", "unsloth"]
+
+
+def test_those_that_wait_make_way_for_who_needs_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < REAL_AVAILABLE() < psutil.virtual_memory().total
+    box = Box("auto", [GPU, OTHER_GPU], tmp_path)
+    box.standbys.tend([])
+    for mebibytes, waiting in ((1500, [("compiled", 0)]), (900, []), (1500, []), (9000, [("compiled", 0)])):
+        monkeypatch.setattr(standby, "available_bytes", lambda m=mebibytes: m << 20)
+        box.standbys.tend([])
+        assert box.waiting() == waiting
+
+
+def test_one_that_imported_other_versions_gets_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.setattr("sysconfig.get_path", lambda _name: str(site))
+    box = Box("auto", [GPU], tmp_path)
+    box.standbys.tend([])
+    os.utime(site, (1, 1))
+    assert box.standbys.take("compiled", GPU, tmp_path / "a") is None
+    box.standbys.tend([])
+    assert [started.code for started in box.started] == [-9, None]
+    assert box.standbys.take("compiled", GPU, tmp_path / "b") is not None
 
 
 def test_none_is_started_where_it_is_switched_off_or_the_engine_is_not_installed(tmp_path: Path) -> None:

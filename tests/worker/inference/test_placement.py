@@ -23,7 +23,8 @@ def _two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\ncase $1 in *memory.free*) printf '0, 4096\\n1, 20480\\n';;\n"
-        "*) printf '0, GPU-aa11, NVIDIA H100, 81559, Disabled\\n1, GPU-bb22, NVIDIA RTX 4090, 24564, [N/A]\\n';; esac\n"
+        "*) printf '0, GPU-aa11, NVIDIA H100, 81559, Disabled\\n'\n"
+        "printf '1, GPU-bb22, NVIDIA RTX 4090, 24564, [N/A]\\n';; esac\n"
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
