@@ -25,7 +25,7 @@ from worker.training.engines import engine_of
 from worker.training.failures import explain
 from worker.training.models import ResolvedModel, fetch_weights, load_tokenizer, settle_tokenizer
 from worker.training.pipeline import cap_gpu_memory
-from worker.training.ranks import join_group, leave_group
+from worker.training.ranks import join_group, leave_group, use_share_of_cores
 from worker.training.stack import import_stack
 from worker.training.trainer import train
 
@@ -93,6 +93,7 @@ def _run(order: dict[str, Any], folder: Path, lines: queue.Queue[dict[str, Any]]
     )
     tokenizer = load_tokenizer(model)
     settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
+    use_share_of_cores()
     (folder / f"{order['rank']}.ready").touch()
     join_group(plan, order["rank"], folder)
     output = Path(order["root"]) / CHECKPOINTS

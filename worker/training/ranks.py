@@ -24,6 +24,7 @@ from shared.lifecycle import FailureCode
 from shared.plan import Plan
 from shared.spec import JobSpec
 from worker.training.models import ResolvedModel
+from worker.training.overlap import Loading
 from worker.training.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ class Ranks:
         self._before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         self._joined = True
-        join_group(self._plan, 0, self._folder)
+        use_share_of_cores()
+        # On a thread: one that dies at this moment would be waited for as long as one that compiles.
+        Loading(lambda: join_group(self._plan, 0, self._folder), self).result()
 
     def leave(self) -> None:
         """Training is over: from here on this rank is alone."""
@@ -210,12 +213,17 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def join_group(plan: Plan, rank: int, folder: Path) -> None:
-    """Meet the other ranks."""
+def use_share_of_cores() -> None:
+    """For the thread that trains."""
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def join_group(plan: Plan, rank: int, folder: Path) -> None:
+    """Meet the other ranks."""
+    import torch.distributed as dist
+
     dist.init_process_group(
         "nccl" if plan.device == "cuda" else "gloo",
         store=dist.FileStore(str(folder / "store"), plan.gpus),  # type: ignore[attr-defined]

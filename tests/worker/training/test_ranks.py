@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.worker.training.samples import Running, make_spec, new_workdir, plan_
 from worker.training.ranks import Ranks
 
 pytestmark = pytest.mark.train
+
+ROOT = Path(__file__).parents[3]
 
 
 def ranks() -> list[psutil.Process]:
@@ -134,6 +137,30 @@ def test_a_rank_out_of_memory_is_the_jobs_own(
     assert failed.value.code == FailureCode.OUT_OF_MEMORY
     assert [row["step"] for row in sink.rows] == [1]
     assert ranks() == []
+
+
+MEET = """
+import os, sys
+from pathlib import Path
+from shared.errors import ProcessLost
+from tests.worker.training.samples import make_spec, new_workdir, run_job
+from worker.training import ranks
+
+ranks.MODULE = "tests.worker.training.late_rank"
+try:
+    run_job(make_spec(), new_workdir(Path(sys.argv[1]), Path(sys.argv[2])), gpus=2, micro_batch=1)
+except ProcessLost as error:
+    print(error, flush=True)
+# A thread still waits for the other.
+os._exit(0)
+"""
+
+
+def test_a_rank_that_dies_as_they_meet_is_not_waited_for(tmp_path: Path, tiny_model: Path) -> None:
+    """In a process of its own, as jobs are: torch can't meet anybody else in this one."""
+    command = [sys.executable, "-c", MEET, str(tmp_path), str(tiny_model)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "The job's process on GPU 1 ended unexpectedly (exit code 7).\n", done.stderr
 
 
 def test_what_a_lost_rank_leaves_behind_is_not_taken_for_training_that_diverged(tmp_path: Path) -> None:
