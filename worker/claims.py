@@ -178,20 +178,22 @@ class Claims:
 
     def _wait(self, job: Job, wanted: Wanted, left: Collection[int], measured: dict[int, Device]) -> None:
         """Tell the job why it waits, once, and end it when that has taken too long."""
-        fitting = [slot for slot in self._slots if wanted.spec.gpus > 1 or find_match(wanted, [slot])]
-        if wanted.too_large and not fitting and not self._fits_elsewhere(wanted):
+        gpus, there = wanted.spec.gpus, len(self._slots)
+        fits = find_match(wanted, self._slots) is not None
+        if wanted.too_large and gpus <= there and not fits and not self._fits_elsewhere(wanted):
             last = wanted.too_large[-1]
             why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
             self._refuse(job, FailureCode.OUT_OF_MEMORY, why, MEMORY_ADVICE)
             return
-        gpus, there = wanted.spec.gpus, len(self._slots)
         if gpus > there:
             why = f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
-        elif find_match(wanted, self._slots) is None:
+        elif not fits:
             why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
         else:
             why = f"Not enough GPU memory is free on worker {self._worker}: " + "; ".join(
-                _usage(slot, measured[slot.index]) for slot in fitting if slot.index in left
+                _usage(slot, measured[slot.index])
+                for slot in self._slots
+                if slot.index in left and (gpus > 1 or find_match(wanted, [slot]))
             )
         now = time.monotonic()
         since = self._waits.get(job.id)

@@ -15,7 +15,7 @@ from shared.database import Database
 from shared.device import Device
 from shared.lifecycle import JobStatus
 from shared.plan import Plan
-from shared.repository import jobs, keys, logs
+from shared.repository import jobs, keys, leases, logs
 from shared.settings import Settings
 from shared.spec import JobSpec
 from shared.tables import WorkerRow
@@ -231,6 +231,23 @@ def test_a_job_for_several_gpus_of_which_one_is_used_outside_keeps_none_from_tho
     # One of this box's own jobs is on OTHER: its end would not help.
     assert claimed(box, SMALL, LARGE) == [(behind, [0])]
     assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, three)[1]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_job_that_is_out_of_plans_fails_at_once_on_however_many_gpus(
+    box: Claims, database: Database, gpus: int
+) -> None:
+    least = Plan(
+        engine="reference", device="cuda", quantization="4bit", precision="bf16", micro_batch=1,
+        accumulation=8 // gpus, gradient_checkpointing="all", gpus=gpus, reason="the least",
+    )  # fmt: skip
+    job_id = make_job(database, name="job 10", gpus=gpus)
+    with database.write() as session:
+        job = jobs.lock_job(session, job_id, None)
+        job.plan_history = [{"attempt": 1, "plan": least.model_dump(), "reason": leases.OUT_OF_MEMORY}]
+    assert claimed(box, SMALL, LARGE) == []
+    assert status(database, job_id) == "failed"
+    assert "no plan takes less than the last one (the least)" in messages(database, job_id)[-1]
 
 
 def test_the_child_sees_its_first_gpu_and_knows_the_others(start: Start, database: Database) -> None:
