@@ -156,6 +156,7 @@ def _writes(world: World, attempt: Attempt, gone: World, guards: Guards) -> Iter
     if job.file == attempt.number:
         yield Action("succeeds", *attempt), _put(gone, attempt.job, _end(job, SUCCEEDED))
     yield Action("fails", *attempt), _put(gone, attempt.job, _end(job, FAILED))
+    yield Action("loses one of its processes, and tells", *attempt), _put(gone, attempt.job, _lose(job))
 
 
 def _holds(job: Job, attempt: Attempt, guards: Guards) -> bool:

@@ -144,6 +144,7 @@ WRITES: dict[str, Callable[[Session, JobLease], object]] = {
     "succeeds": lambda session, lease: lease.finish(session, JobStatus.SUCCEEDED, Entry("Done."), None),
     "fails": lambda session, lease: lease.finish(session, JobStatus.FAILED, Entry("Failed."), {"code": "x"}),
     "is given back": lambda session, lease: lease.give_back(session, "Stopped."),
+    "loses one of its processes, and tells": lambda session, lease: lease.lose(session, "Lost.", MAX_LOSSES),
     "dies, and its supervisor tells": lambda session, lease: leases.lose(
         session, lease.hold(session), "Died.", MAX_LOSSES
     ),
