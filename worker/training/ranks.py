@@ -37,6 +37,8 @@ PATIENCE = timedelta(hours=1)
 END_SECONDS = 20.0
 NOTICE_SECONDS = 3.0
 
+_BREAKING_OFF = threading.Lock()
+
 
 class Ranks:
     """The other ranks of a job; also the job's control, which stops when one of them has failed.
@@ -181,10 +183,8 @@ class Ranks:
         else:
             return
         if self._joined and self._plan.device == "cuda":
-            import torch.distributed
-
             # With gloo the connection's end is an error by itself.
-            torch.distributed.distributed_c10d._abort_process_group()
+            break_off()
 
     def _end(self, *, failed: bool) -> None:
         processes, self._processes = self._processes, []
@@ -243,11 +243,21 @@ def leave_group(*, abort: bool = False) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     if abort:
-        dist.distributed_c10d._abort_process_group()
+        break_off()
     elif dist.is_initialized():
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def break_off() -> None:
+    """End the group without the others; on any thread, and any number of times."""
+    import torch.distributed as dist
+
+    # torch takes a group that is gone, or never came to be, for an error of its own.
+    with _BREAKING_OFF:
+        if dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
 
 
 def _keep(file: Path, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from shared.errors import JobFailure, JobStopped, ProcessLost
@@ -22,7 +23,7 @@ from shared.lifecycle import FailureCode, Phase
 from tests.conftest import wait_for
 from tests.worker.training.samples import Running, make_spec, new_workdir, plan_for, run_job
 from worker.training.models import ResolvedModel
-from worker.training.ranks import Ranks
+from worker.training.ranks import Ranks, break_off
 
 pytestmark = pytest.mark.train
 
@@ -194,6 +195,23 @@ def test_what_a_lost_rank_leaves_behind_is_not_taken_for_training_that_diverged(
     lost._processes[0].wait()
     with pytest.raises(ProcessLost, match="signal 9"):
         lost.__exit__(JobFailure, diverged, None)
+
+
+def test_a_group_that_was_broken_off_hides_no_failure(tmp_path: Path) -> None:
+    """On GPUs the thread that watches the others has broken it off before this one comes to it."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    break_off()
+    assert not dist.is_initialized()
+    plan = plan_for(make_spec(), gpus=2, device="cuda")
+    workdir = replace(new_workdir(tmp_path, None), gpus=(0, 7))
+    lost = Ranks(plan, workdir, Running())
+    lost._joined = True
+    lost._processes = [subprocess.Popen(["/bin/sh", "-c", "kill -9 $$"], text=True)]
+    lost._processes[0].wait()
+    error = ValueError("Default process group has not been initialized")
+    with pytest.raises(ProcessLost, match="GPU 7"):
+        lost.__exit__(ValueError, error, None)
 
 
 class InEvaluation(MemorySink):
