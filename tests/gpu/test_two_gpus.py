@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 
 from shared.errors import JobStopped, ProcessLost
 from shared.events import MemorySink
@@ -40,8 +41,12 @@ def ranks() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_gpus_train_what_one_does(tmp_path: Path, tiny_model: Path, engine: str) -> None:
+def test_two_gpus_train_what_one_does(
+    tmp_path: Path, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bf16 sums in another order differ by its rounding: about 1% of a loss after some steps."""
+    # A job's process sees its own GPUs alone. This one sees both, and the trainer would use both.
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 1)
     training: dict[str, Any] = {"max_steps": 20, "save_steps": 10, "learning_rate": 5e-4}
     spec = make_spec(training, lora={"r": 8, "dropout": 0.0})
     found = {}
