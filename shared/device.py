@@ -1,4 +1,4 @@
-"""What a job can run on, and what a GPU of that name can do."""
+"""What a job can run on, and what a GPU can do."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ PEAK_TFLOPS = (
 )  # fmt: skip
 # A GPU that is not in the table is taken for a plain one with so much memory, in GB.
 PEAK_BY_MEMORY = ((70, 312), (40, 150), (20, 70), (0, 40))
-# Before Ampere there is no bfloat16; float8 products came with Ada and Hopper.
-NO_BF16 = re.compile(r"V100|\bT4\b|P100|\bP40?\b|K80|M60|TITAN|GTX|RTX 20[678]0|Quadro|\bT\d{3,4}\b")
-FP8 = re.compile(r"H\d{2,3}|B\d{3}|L4|Ada|RTX PRO|RTX [45]0\d\d")
+# Compute capabilities from which on a GPU multiplies in bfloat16 (Ampere) and in float8 (Ada, Hopper).
+BF16_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
+# Drivers that don't tell the compute capability are older than Ada: there are GPUs with bfloat16 and without,
+# and none with float8. These have none.
+NO_BF16 = re.compile(
+    r"Tesla|Quadro|TITAN|GTX|\bGT\b|GeForce MX|RTX 20[678]0|V100|\bT4\b|\b[KMP]\d{1,3}\b|\bT\d{3,4}\b"
+)
 
 
 @dataclass(frozen=True)
 class Device:
     """One slot of a worker: a GPU (`index` as CUDA counts it) or the CPU. Memory in bytes, 0: not known.
 
-    `engines` are those that the worker has installed and this device can run.
+    `engines` are those that the worker has installed and this device can run; `capability` is a GPU's compute
+    capability as the driver tells it (8.9, …), None where it doesn't.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -42,6 +47,7 @@ class Device:
     name: str
     memory_bytes: int
     engines: tuple[EngineName, ...] = ("reference",)
+    capability: float | None = None
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:
@@ -54,16 +60,20 @@ class Device:
             "name": self.name,
             "memory_bytes": self.memory_bytes,
             "engines": list(self.engines),
+            "capability": self.capability,
         }
 
     @property
     def bf16(self) -> bool:
         """Whether it computes in bfloat16 at speed."""
-        return self.kind == "cuda" and NO_BF16.search(self.name) is None
+        if self.capability is None:
+            return self.kind == "cuda" and NO_BF16.search(self.name) is None
+        return self.capability >= BF16_CAPABILITY
 
     @property
     def fp8(self) -> bool:
-        return self.bf16 and FP8.search(self.name) is not None
+        """Whether it multiplies in float8."""
+        return self.capability is not None and self.capability >= FP8_CAPABILITY
 
     @property
     def peak_flops(self) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ from shared.errors import InvalidRequest, Unavailable
 from shared.plan import EngineName
 
 QUERY = (
+    "--query-gpu=index,uuid,name,memory.total,mig.mode.current,compute_cap",
+    "--format=csv,noheader,nounits",
+)
+# Drivers before 2022 refuse a query that has compute_cap in it.
+OLD_QUERY = (
     "--query-gpu=index,uuid,name,memory.total,mig.mode.current",
     "--format=csv,noheader,nounits",
 )
@@ -27,6 +33,7 @@ USE_QUERY = (
     "--format=csv,noheader,nounits",
 )
 QUERY_SECONDS = 30
+CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +70,11 @@ def probe_gpus() -> list[Device]:
     tool = shutil.which("nvidia-smi")
     if tool is None or visible == "":
         return []
-    return parse_gpus(_ask(tool, QUERY), visible)
+    try:
+        told = _ask(tool, QUERY)
+    except Unavailable:
+        told = _ask(tool, OLD_QUERY)
+    return parse_gpus(told, visible)
 
 
 def measure_free(devices: Sequence[Device]) -> list[Device]:
@@ -135,7 +146,7 @@ def _ask(tool: str, query: Sequence[str]) -> str:
 
 
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
-    """Devices from nvidia-smi's answer to QUERY (memory in MiB; 0 where the driver does not tell).
+    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB; 0 where the driver does not tell).
 
     One that is split with MIG is left out: its memory is not one job's to have.
 
@@ -146,7 +157,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
         Unavailable: `visible` names what is not there, or all GPUs are split.
     """
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 5 and row[0].isdigit()]
+    rows = [row for row in rows if len(row) in (5, 6) and row[0].isdigit()]
     if visible is not None:
         rows = _visible(rows, visible)
     split = ", ".join(row[0] for row in rows if row[4] == "Enabled")
@@ -161,8 +172,15 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
         logger.warning("%s These are left alone.", why)
     engines = installed_engines()
     return [
-        Device("cuda", int(index), name, (int(memory) if memory.isdigit() else 0) << 20, engines)
-        for index, _, name, memory, _ in rows
+        Device(
+            "cuda",
+            int(index),
+            name,
+            (int(memory) if memory.isdigit() else 0) << 20,
+            engines,
+            float(told[0]) if told and CAPABILITY.fullmatch(told[0]) else None,
+        )
+        for index, _, name, memory, _, *told in rows
     ]
 
 

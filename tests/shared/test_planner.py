@@ -28,14 +28,17 @@ from shared.spec import JobSpec
 
 ALL_ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 CPU = Device("cpu", 0, "CPU (x86_64, 2 cores)", 16 << 30)
-H100 = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ALL_ENGINES)
+H100 = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ALL_ENGINES, 9.0)
 SHAPES = (NEMOTRON_NANO_4B, SMOLLM2_135M)
 
 
 def gpu(
-    gib: float, name: str = "NVIDIA GeForce RTX 4090", engines: tuple[EngineName, ...] = ALL_ENGINES
+    gib: float,
+    name: str = "NVIDIA GeForce RTX 4090",
+    engines: tuple[EngineName, ...] = ALL_ENGINES,
+    capability: float | None = 8.9,
 ) -> Device:
-    return Device("cuda", 0, name, int(gib * GIB), engines)
+    return Device("cuda", 0, name, int(gib * GIB), engines, capability)
 
 
 def spec_of(**fields: Any) -> JobSpec:
@@ -161,7 +164,7 @@ def test_an_architecture_that_the_compiled_engine_does_not_know_gets_another() -
     odd = ModelShape.from_json(NEMOTRON_NANO_4B.to_json() | {"model_type": "gemma2"})
     assert "gemma2" not in COMPILED_ARCHITECTURES
     assert planned(spec_of(), H100, odd).engine == "unsloth"
-    old = gpu(32, "Tesla V100-SXM2-32GB")
+    old = gpu(32, "Tesla V100-SXM2-32GB", capability=7.0)
     assert {(c.way.engine, c.way.precision) for c in candidates(spec_of(), SMOLLM2_135M, [old])} == {
         ("reference", "fp32")
     }
@@ -274,7 +277,7 @@ def test_every_plan_keeps_the_effective_batch_and_fits(
         ({"precision": "fp8"}, CPU, "needs_gpu", "precision", "needs a GPU"),
         ({"precision": "bf16"}, CPU, "needs_gpu", "precision", "needs a GPU"),
         ({"engine": "unsloth"}, gpu(80, engines=("reference",)), "not_available_here", "engine", "reference"),
-        ({"precision": "fp8"}, gpu(80, "NVIDIA A100-SXM4-80GB"), "not_available_here", "precision", "A100"),
+        ({"precision": "fp8"}, gpu(80, "NVIDIA A100-SXM4-80GB", capability=8.0), "not_available_here", "precision", "A100"),
         ({"quantization": "none"}, gpu(8), "does_not_fit", "quantization", "4bit"),
         ({"max_seq_length": 131072}, gpu(16), "does_not_fit", "max_seq_length", "max_seq_length 65536"),
         ({"precision": "fp32"}, gpu(16), "does_not_fit", "precision", "precision auto"),
@@ -300,28 +303,55 @@ def test_the_compiled_engine_refuses_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops", "bf16", "fp8"),
+    ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989, True, True),
-        ("NVIDIA H200", 989, True, True),
-        ("NVIDIA A100-SXM4-80GB", 312, True, False),
-        ("NVIDIA A10G", 70, True, False),
-        ("NVIDIA RTX A4000", 77, True, False),
-        ("NVIDIA L4", 121, True, True),
-        ("NVIDIA L40S", 362, True, True),
-        ("NVIDIA GeForce RTX 4080 SUPER", 98, True, True),
-        ("NVIDIA GeForce RTX 3090", 71, True, False),
-        ("Tesla T4", 65, False, False),
-        ("NVIDIA GeForce RTX 2080 Ti", 54, False, False),
-        ("NVIDIA RTX 2000 Ada Generation", 70, True, True),
-        ("A card of next year", 70, True, False),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A4000", 77),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4080 SUPER", 98),
+        ("Tesla T4", 65),
+        ("NVIDIA RTX 2000 Ada Generation", 70),
+        ("A card of next year", 70),
     ],
 )
-def test_gpus_are_known_by_name_and_others_by_their_memory(
-    name: str, tflops: float, bf16: bool, fp8: bool
+def test_the_speed_of_gpus_is_known_by_name_and_of_others_by_their_memory(name: str, tflops: float) -> None:
+    assert gpu(24, name).peak_flops / 1e12 == tflops
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "bf16", "fp8"),
+    [
+        ("NVIDIA H100 80GB HBM3", 9.0, True, True),
+        ("NVIDIA A100-SXM4-80GB", 8.0, True, False),
+        ("NVIDIA GeForce RTX 3090", 8.6, True, False),
+        ("NVIDIA L2", 8.9, True, True),
+        ("NVIDIA GB10", 12.1, True, True),
+        ("NVIDIA GeForce RTX 2080 Ti", 7.5, False, False),
+        ("Quadro RTX 4000", 7.5, False, False),
+        ("Tesla of next year", 13.0, True, True),
+        # What old drivers don't tell: then the name has to do.
+        ("A100-SXM4-40GB", None, True, False),
+        ("GeForce RTX 2050", None, True, False),
+        ("Tesla T10", None, False, False),
+        ("GeForce MX450", None, False, False),
+        ("GeForce GT 1030", None, False, False),
+        ("GeForce GTX 1660", None, False, False),
+        ("Quadro RTX 4000", None, False, False),
+        ("TITAN RTX", None, False, False),
+        ("T1000", None, False, False),
+        ("GRID M60", None, False, False),
+    ],
+)
+def test_what_a_gpu_multiplies_in_is_known_by_its_compute_capability(
+    name: str, capability: float | None, bf16: bool, fp8: bool
 ) -> None:
-    device = gpu(24, name)
-    assert (device.peak_flops / 1e12, device.bf16, device.fp8) == (tflops, bf16, fp8)
+    device = gpu(24, name, capability=capability)
+    assert (device.bf16, device.fp8) == (bf16, fp8)
+    assert Device.from_json(device.to_json()) == device
 
 
 def test_a_device_whose_memory_is_not_known_fits_anything() -> None:

@@ -12,7 +12,10 @@ from worker import gpus
 from worker.gpus import find_slots, parse_gpus, probe_gpus
 from worker.usage import Usage
 
-TWO = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, Disabled\n1, GPU-bb22, NVIDIA RTX 4090, 24564, [N/A]\n"
+TWO = (
+    "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, Disabled, 9.0\n"
+    "1, GPU-bb22, NVIDIA RTX 4090, 24564, [N/A], 8.9\n"
+)
 
 
 @pytest.fixture
@@ -29,8 +32,26 @@ def test_the_drivers_table_is_read() -> None:
     assert (first.index, first.name, first.memory_bytes) == (0, "NVIDIA H100 80GB HBM3", 81559 << 20)
     assert (second.kind, second.index) == ("cuda", 1)
     assert parse_gpus("No devices were found\n") == []
-    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A], [N/A]\n")
-    assert shared.memory_bytes == 0
+    assert (first.capability, second.capability) == (9.0, 8.9)
+    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A], [N/A], 12.1\n")
+    assert (shared.memory_bytes, shared.capability) == (0, 12.1)
+    (silent,) = parse_gpus("0, GPU-aa11, GRID T4-8Q, 8192, [N/A], [N/A]\n")
+    assert (silent.memory_bytes >> 30, silent.capability) == (8, None)
+
+
+def test_a_driver_that_does_not_know_compute_capabilities_is_asked_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    refused = 'Field "compute_cap" is not a valid field to query.'
+    tool.write_text(
+        f"#!/bin/sh\ncase $1 in *compute_cap*) echo '{refused}'; exit 2;; esac\n"
+        "echo 0, GPU-aa11, Tesla T4, 15109, [N/A]\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+    (old,) = probe_gpus()
+    assert (old.name, old.capability, old.bf16) == ("Tesla T4", None, False)
 
 
 @pytest.mark.parametrize(

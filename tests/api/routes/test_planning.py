@@ -19,7 +19,7 @@ from tests.api.conftest import SPEC, Api, error_of
 pytestmark = pytest.mark.anyio
 ALL: tuple[EngineName, ...] = ("reference", "compiled", "unsloth")
 CPU = Device("cpu", 0, "CPU (x86_64, 2 cores)", 24 << 30)
-H100 = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ALL)
+H100 = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 << 30, ALL, 9.0)
 
 
 def put_on_line(api: Api, worker: str, *devices: Device) -> None:
