@@ -83,21 +83,12 @@ def estimate(
     with connect() as client:
         body = build_spec(client, spec, model, dataset, max_samples, merge, gguf, assign)
         answer = client.estimate(body)
-    plan = answer["plan"]
-    rows = [
-        ("plan", plan["reason"] if plan else "no worker is on line to plan for"),
-        ("tokens an epoch", answer["tokens"]),
-        ("optimiser steps", answer["steps"]),
-        ("training time", human_seconds(answer["seconds"])),
-        ("peak memory", human_bytes(answer["peak_memory_bytes"])),
-        ("disk", human_bytes(answer["disk_bytes"])),
-    ]
-    table(console, ("what", "estimate"), rows)
+    table(console, ("what", "estimate"), _estimate_rows(answer, body))
     if answer["alternatives"]:
         console.print()
         columns = ("engine", "quantization", "precision", "batch", "recomputed", "tokens/s", "memory", "")
         lost = [_plan_row(other, other["reason"]) for other in answer["alternatives"]]
-        table(console, columns, [_plan_row(plan, "taken"), *lost])
+        table(console, columns, [_plan_row(answer["plan"], "taken"), *lost])
 
 
 def jobs(
@@ -230,6 +221,39 @@ def build_spec(
     for assignment in assignments or []:
         _assign(spec, assignment)
     return spec
+
+
+def _estimate_rows(answer: Json, body: Json) -> list[tuple[str, Any]]:
+    """What is expected, or why it can't be known yet.
+
+    Args:
+        body: the spec that was asked about.
+    """
+    plan = answer["plan"]
+    dataset = body.get("dataset") or {"source": "hub"}
+    is_hub = not isinstance(dataset, dict) or dataset.get("source") != "file"
+    rows = "the hub's rows are read, which the job does" if is_hub else "the file has been checked"
+    no_plan = "not known: no worker is on line to plan for"
+    if plan and plan["tokens_per_second"] is None:
+        no_plan = "not known: the model's config could not be read"
+    no_time = no_plan if plan is None or plan["tokens_per_second"] is None else "not known without the steps"
+    found = [
+        ("plan", plan["reason"] if plan else None, "no worker is on line to plan for"),
+        ("tokens an epoch", answer["tokens"], f"not known before {rows}"),
+        (
+            "optimiser steps",
+            answer["steps"],
+            "not known without the tokens, unless training.max_steps is set",
+        ),
+        ("training time", answer["seconds"] and human_seconds(answer["seconds"]), no_time),
+        ("peak memory", answer["peak_memory_bytes"] and human_bytes(answer["peak_memory_bytes"]), no_plan),
+        (
+            "disk",
+            answer["disk_bytes"] and human_bytes(answer["disk_bytes"]),
+            "not known without the model's size",
+        ),
+    ]
+    return [(what, why if value is None else value) for what, value, why in found]
 
 
 def _plan_row(plan: Json, outcome: str) -> tuple[str, ...]:

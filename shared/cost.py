@@ -6,10 +6,10 @@ table shows the prediction beside what was measured. All constants are here and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
-from shared.device import Device
+from shared.device import Device, DeviceKind
 from shared.plan import Checkpointing, EngineName, Precision, Quantization
 from shared.shape import ModelShape
 from shared.spec import JobSpec
@@ -108,7 +108,7 @@ class Way:
     """One way to run a spec: what a plan says, before anything is predicted. On one of `gpus` devices."""
 
     engine: EngineName
-    device: Literal["cpu", "cuda"]
+    device: DeviceKind
     quantization: Quantization
     precision: Precision
     micro_batch: int
@@ -163,13 +163,29 @@ def tokens_per_second(way: Way, shape: ModelShape, spec: JobSpec, device: Device
 
 def fits(peak: int, device: Device) -> bool:
     """Whether this peak leaves the margin free; True where the device's memory is not known."""
-    context = CONTEXT if device.kind == "cuda" else 0
-    return not device.memory_bytes or peak + context <= device.memory_bytes * (1 - MARGIN)
+    return not device.memory_bytes or memory_needed(peak, device.kind) <= device.memory_bytes
 
 
-def memory_needed(peak: int) -> int:
-    """Memory of a GPU on which this peak fits."""
-    return int((peak + CONTEXT) / (1 - MARGIN)) + 1
+def memory_needed(peak: int, kind: DeviceKind) -> int:
+    """Memory that a device must have free for this peak to fit: the margin and CUDA's own are in it."""
+    context = CONTEXT if kind == "cuda" else 0
+    return math.ceil((peak + context) / (1 - MARGIN))
+
+
+def memory_usable(device: Device) -> int:
+    """The highest peak that fits the device."""
+    return int(device.memory_bytes * (1 - MARGIN) - (CONTEXT if device.kind == "cuda" else 0))
+
+
+def least_weight_bytes(way: Way, parameters: int, stored_bytes: int) -> int:
+    """What the weights of a model of unknown kind take at the least: files may hold several in one element.
+
+    Args:
+        parameters: elements of the files' tensors.
+        stored_bytes: size of the files.
+    """
+    each = {"fp32": 4.0, "bf16": 2.0, "fp8": FP8_BYTES}[way.precision]
+    return int(min(parameters * (NF4_BYTES if way.quantization == "4bit" else each), stored_bytes))
 
 
 def _weight_bytes(way: Way, shape: ModelShape) -> float:

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 from shared.plan import EngineName
 from shared.tables import WorkerRow
 
+DeviceKind = Literal["cpu", "cuda"]
+
 # Dense 16-bit matrix products in TFLOP/s from the makers' data sheets, by whole words of the name that
 # nvidia-smi gives. The first that is found counts.
 PEAK_TFLOPS = (
@@ -42,7 +44,7 @@ class Device:
     capability as the driver tells it (8.9, …), None where it doesn't.
     """
 
-    kind: Literal["cpu", "cuda"]
+    kind: DeviceKind
     index: int
     name: str
     memory_bytes: int
@@ -64,16 +66,21 @@ class Device:
         }
 
     @property
+    def known_capability(self) -> float:
+        """The compute capability, or the least that the name stands for; 0 for a CPU."""
+        if self.capability is not None:
+            return self.capability
+        return BF16_CAPABILITY if self.kind == "cuda" and NO_BF16.search(self.name) is None else 0.0
+
+    @property
     def bf16(self) -> bool:
         """Whether it computes in bfloat16 at speed."""
-        if self.capability is None:
-            return self.kind == "cuda" and NO_BF16.search(self.name) is None
-        return self.capability >= BF16_CAPABILITY
+        return self.known_capability >= BF16_CAPABILITY
 
     @property
     def fp8(self) -> bool:
         """Whether it multiplies in float8."""
-        return self.capability is not None and self.capability >= FP8_CAPABILITY
+        return self.known_capability >= FP8_CAPABILITY
 
     @property
     def peak_flops(self) -> float:

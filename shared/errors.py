@@ -145,6 +145,20 @@ class ProcessLost(Exception):
     """A process of the attempt ended without a word: it counts as the loss of the whole attempt."""
 
 
+class OutOfMemory(JobFailure):
+    """Memory ran out where a cheaper plan may need less; the advice is given where the spec is known.
+
+    Args:
+        code: `out_of_memory`.
+        message: what went wrong, in one or two sentences.
+        of_machine: it was main memory, not a GPU's.
+    """
+
+    def __init__(self, code: FailureCode, message: str, *, of_machine: bool) -> None:
+        super().__init__(code, message, "")
+        self.of_machine = of_machine
+
+
 class JobStopped(Exception):
     """The pipeline was asked to stop (cancel, pause or hand back), or may not go on yet, and has stopped."""
 

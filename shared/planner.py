@@ -7,10 +7,10 @@ and what is `auto` there it chooses: the fastest way that fits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 
-from shared.cost import ENGINES, GIB, Way, fits, peak_bytes, tokens_per_second
+from shared.cost import ENGINES, GIB, Way, fits, memory_needed, memory_usable, peak_bytes, tokens_per_second
 from shared.device import Device
 from shared.plan import EngineName, Plan, Precision, Quantization
 from shared.shape import NEMOTRON_NANO_4B, ModelShape
@@ -98,35 +98,56 @@ def cheaper_plan(
 ) -> Plan | None:
     """What to try after these plans ran out of memory: clearly less, with the same effective batch.
 
-    The fastest of those that take at most half of what could still be saved, one that is predicted to fit
-    `devices` if there is any; None when the tried ones can't be undercut.
+    The fastest of those that take at most half of what could still be saved and fit one of `devices`; None
+    when the tried ones can't be undercut, or nothing that undercuts them fits.
     """
+    cheaper = _cheaper(spec, shape, devices, tried)
+    if shape is None and cheaper:
+        # The largest device, and there the order alone: the sizes are another model's.
+        largest = max(c.device.memory_bytes for c in cheaper)
+        best = _best([c for c in cheaper if c.device.memory_bytes == largest])
+        chosen = Candidate(best.way, best.device, None, None)
+    elif fitting := [c for c in cheaper if c.fits]:
+        chosen = _best(fitting)
+    else:
+        return None
+    return chosen.plan(_reason(chosen, spec, "the next cheaper one after running out of memory"))
+
+
+def least_memory(
+    spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device], tried: Sequence[Plan] = ()
+) -> int | None:
+    """Memory that has to be free for the smallest plan, the margin in it; None where nothing is predicted.
+
+    Args:
+        tried: plans that ran out of memory: what undercuts them counts.
+    """
+    found = _cheaper(spec, shape, devices, tried) if tried else candidates(spec, shape, devices)
+    if shape is None or not found:
+        return None
+    return min(memory_needed(c.peak or 0, c.way.device) for c in found)
+
+
+def _cheaper(
+    spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device], tried: Sequence[Plan]
+) -> list[Candidate]:
     # Without the model's config the order of the ways is known, if not their sizes: any model's will do.
     sized = shape or NEMOTRON_NANO_4B
-    found = candidates(spec, sized, devices)
+    found = [_predicted(c.way, sized, spec, c.device) for c in candidates(spec, shape, devices)]
     if not found or not tried:
-        return None
+        return []
     least = min(c.peak or 0 for c in found)
     lowest = min(peak_bytes(way_of(plan), sized, spec) for plan in tried)
-    cheaper = [c for c in found if (c.peak or 0) <= least + (lowest - least) * NEXT_SHARE < lowest]
-    if not cheaper:
-        return None
-    chosen = _best(cheaper)
-    if shape is None:
-        chosen = Candidate(chosen.way, chosen.device, None, None)
-    return chosen.plan(_reason(chosen, spec, "the next cheaper one after running out of memory"))
+    return [c for c in found if (c.peak or 0) <= least + (lowest - least) * NEXT_SHARE < lowest]
 
 
 def candidates(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device]) -> list[Candidate]:
     """Every way that the spec admits on these devices, whether it fits or not."""
-    found = []
-    for device in _distinct(spec, devices):
-        for way in _ways(spec, shape, device):
-            peak = speed = None
-            if shape is not None:
-                peak, speed = peak_bytes(way, shape, spec), tokens_per_second(way, shape, spec, device)
-            found.append(Candidate(way, device, peak, speed))
-    return found
+    return [
+        _predicted(way, shape, spec, device)
+        for device in _distinct(spec, devices)
+        for way in _ways(spec, shape, device)
+    ]
 
 
 def way_of(plan: Plan) -> Way:
@@ -143,12 +164,36 @@ def way_of(plan: Plan) -> Way:
     )
 
 
+def _predicted(way: Way, shape: ModelShape | None, spec: JobSpec, device: Device) -> Candidate:
+    if shape is None:
+        return Candidate(way, device, None, None)
+    return Candidate(way, device, peak_bytes(way, shape, spec), tokens_per_second(way, shape, spec, device))
+
+
+def groups(gpus: int, devices: Sequence[Device]) -> list[tuple[Device, ...]]:
+    """The sets of so many GPUs of one box that are worth a plan: of all, of those with bfloat16 and of those
+    with float8, the ones with the most memory, largest first."""
+    cuda = sorted((d for d in devices if d.kind == "cuda"), key=lambda d: -d.memory_bytes)
+    able = (cuda, [d for d in cuda if d.bf16], [d for d in cuda if d.fp8])
+    return list(dict.fromkeys(tuple(found[:gpus]) for found in able if len(found) >= gpus))
+
+
+def _weakest(group: Sequence[Device]) -> Device:
+    """One device that can do what each of a group can: ranks have the same plan, and wait for the slowest."""
+    slowest = min(group, key=lambda d: d.peak_flops)
+    return replace(
+        slowest,
+        memory_bytes=min(d.memory_bytes for d in group),
+        engines=tuple(name for name in slowest.engines if all(name in d.engines for d in group)),
+        capability=min(d.known_capability for d in group),
+    )
+
+
 def _distinct(spec: JobSpec, devices: Sequence[Device]) -> list[Device]:
-    """One device of each kind that the plan may be for; for several GPUs, the smallest of the largest."""
+    """One device of each kind that the plan may be for; for several GPUs, one that stands for a set."""
     if spec.gpus > 1:
-        gpus = sorted((d for d in devices if d.kind == "cuda"), key=lambda d: -d.memory_bytes)[: spec.gpus]
-        return gpus[-1:] if len(gpus) == spec.gpus else []
-    return list({(d.kind, d.name, d.memory_bytes, d.engines): d for d in devices}.values())
+        return [_weakest(group) for group in groups(spec.gpus, devices)]
+    return list({(d.kind, d.name, d.memory_bytes, d.engines, d.capability): d for d in devices}.values())
 
 
 def _ways(spec: JobSpec, shape: ModelShape | None, device: Device) -> Iterator[Way]:
@@ -190,9 +235,12 @@ def _weights(
     if engine == "reference":
         found.append(("none", "fp32" if spec.precision == "fp32" or not device.bf16 else "bf16"))
     elif engine == "compiled":
-        known = shape is not None and shape.model_type in COMPILED_ARCHITECTURES
+        # Float8 is this engine's alone.
+        named = spec.engine == "compiled" or spec.precision == "fp8"
+        # A type that nobody knows here may be one that it knows: whoever names it finds out.
+        known = named if shape is None else shape.model_type in COMPILED_ARCHITECTURES
         # It pads each micro-batch to its full size, which costs most where rows aren't packed.
-        wanted = spec.packing or spec.engine == "compiled"
+        wanted = spec.packing or named
         # Float8 rounds the weights, so it is for those who name it.
         if device.bf16 and known and wanted:
             found.append(("none", "fp8" if spec.precision == "fp8" and device.fp8 else "bf16"))
@@ -223,7 +271,7 @@ def _choose(spec: JobSpec, found: list[Candidate]) -> Candidate | None:
     if not on_gpu:
         return next(iter(fitting), None)
     if on_gpu[0].peak is None:
-        return min(on_gpu, key=lambda c: _care(c.way, spec))
+        return min(on_gpu, key=lambda c: (-c.device.memory_bytes, _care(c.way, spec)))
     return _best(on_gpu)
 
 
@@ -248,9 +296,12 @@ def _reason(chosen: Candidate, spec: JobSpec, why: str) -> str:
     way = chosen.way
     weights = "4-bit, computing in bf16" if way.quantization == "4bit" else way.precision
     gpus = f"{way.gpus} x " if way.gpus > 1 else ""
+    rows = f"{way.micro_batch} x {way.accumulation} of {spec.max_seq_length} tokens"
+    if way.engine == "compiled" and not spec.packing:
+        rows += " (rows that aren't packed are filled up to that, which costs time)"
     said = (
-        f"The {way.engine} engine in {weights} on {gpus}{chosen.device.name}: batch {way.micro_batch} x "
-        f"{way.accumulation} of {spec.max_seq_length} tokens, {CHECKPOINTING_WORDS[way.checkpointing]}."
+        f"The {way.engine} engine in {weights} on {gpus}{chosen.device.name}: batch {rows}, "
+        f"{CHECKPOINTING_WORDS[way.checkpointing]}."
     )
     if chosen.peak is None or chosen.speed is None:
         return f"{said} Nothing is predicted, because the model's config is not known here."
@@ -261,8 +312,11 @@ def _reason(chosen: Candidate, spec: JobSpec, why: str) -> str:
 def _why_lost(candidate: Candidate, chosen: Candidate) -> str:
     peak, speed, best = candidate.peak or 0, candidate.speed or 0, chosen.speed or 1
     if not candidate.fits:
-        memory = candidate.device.memory_bytes / GIB
-        return f"needs {peak / GIB:.1f} GiB, which {candidate.device.name} with {memory:.1f} GiB can't give"
+        device = candidate.device
+        return (
+            f"needs {peak / GIB:.1f} GiB, and of the {device.memory_bytes / GIB:.1f} GiB of {device.name} "
+            f"plans fill at most {max(memory_usable(device), 0) / GIB:.1f} GiB"
+        )
     if speed < best * (1 - TIE):
         return f"{1 - speed / best:.0%} slower"
     return f"no faster, and takes {(peak - (chosen.peak or 0)) / GIB:.1f} GiB more"

@@ -46,10 +46,10 @@ class ModelShape:
             "vocab": config.get("vocab_size"),
         }
         # Sizes from somebody else's file: a number that no model has is no number to plan with.
-        if not all(_is_size(size) for size in sizes.values()):
+        if not all(is_size(size) for size in sizes.values()):
             return None
         head_dim = config.get("head_dim") or sizes["hidden"] // sizes["heads"]
-        if not _is_size(head_dim):
+        if not is_size(head_dim):
             return None
         context = config.get("max_position_embeddings")
         return cls(
@@ -57,7 +57,7 @@ class ModelShape:
             head_dim=head_dim,
             # What the architectures' own defaults are where the file says nothing.
             tied=config.get("tie_word_embeddings", config["model_type"].startswith("gemma")) is True,
-            context_length=context if _is_size(context) else None,
+            context_length=context if is_size(context) else None,
             **sizes,
         )
 
@@ -119,7 +119,8 @@ class ModelShape:
         return sum(self.linears[name][0] for name in modules if name in self.linears)
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
+    """Whether a number from somebody else's file can be a model's size."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 

@@ -24,7 +24,15 @@ from typing import cast
 from sqlalchemy.exc import OperationalError
 
 from shared.database import Database
-from shared.errors import InvalidRequest, JobFailure, JobStopped, LeaseLost, NoRoomYet, ProcessLost
+from shared.errors import (
+    InvalidRequest,
+    JobFailure,
+    JobStopped,
+    LeaseLost,
+    NoRoomYet,
+    OutOfMemory,
+    ProcessLost,
+)
 from shared.events import Artifact, Control, Entry, EventSink, TrainingControl
 from shared.lifecycle import FailureCode, JobStatus
 from shared.models import find_model
@@ -241,7 +249,7 @@ def _run(pipeline: Pipeline, export: Export, attempt: Attempt, control: ChildCon
     except Exception as error:
         failure = explain(error)
         logger.exception("The job failed")
-        if failure.code == FailureCode.OUT_OF_MEMORY:
+        if isinstance(failure, OutOfMemory):
             # Whatever the process still holds goes with it: the next attempt has one of its own.
             sink.run_out_of_memory(failure)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from typing import Self
@@ -13,6 +13,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from shared.clock import utcnow
+from shared.cost import GIB
 from shared.database import Database, Session
 from shared.device import Device, boxes_of
 from shared.errors import Unavailable
@@ -21,16 +22,16 @@ from shared.fairness import LEAST_CHARGE_SECONDS
 from shared.ids import new_token
 from shared.lifecycle import FailureCode, JobStatus
 from shared.plan import Plan
-from shared.planner import cheaper_plan, make_plan
+from shared.planner import cheaper_plan, groups, least_memory, make_plan
 from shared.repository import keys, leases, logs, queue
 from shared.repository.jobs import set_status
+from shared.savings import memory_advice
 from shared.settings import Settings
 from shared.shape import ModelShape
 from shared.spec import JobSpec
 from shared.tables import Job
 from worker.gpus import measure_free
 from worker.reservations import RESERVED, still_put_off
-from worker.training.failures import MEMORY_ADVICE
 
 # Jobs looked at in one go, of all owners and of one; more than this many that fit nowhere hold up those
 # behind them.
@@ -78,6 +79,39 @@ class Wanted:
             return cheaper_plan(self.spec, self.shape, devices, self.too_large)
         return make_plan(self.spec, self.shape, devices)
 
+    def exhausted(self, devices: Sequence[Device]) -> bool:
+        """Whether it has run out of memory and these devices have nothing cheaper, however much is free."""
+        empty = [replace(device, memory_bytes=0) for device in devices]
+        return bool(self.too_large) and find_match(self, empty) is None
+
+    def need(self, devices: Sequence[Device]) -> str:
+        """The least memory that has to be free on one of these devices, or on each of them, for the log."""
+        least = least_memory(self.spec, self.shape, devices, self.too_large)
+        if least is None:
+            return "How much the job needs is not known, for its model's config is not."
+        each = " on each GPU" if self.spec.gpus > 1 else ""
+        return f"The job needs {least / GIB:.1f} GiB{each} at the least, the margin that plans keep in it."
+
+
+@dataclass
+class Waiting:
+    """For how long a job has found no place here, in seconds, added up from look to look.
+
+    When (monotonic) it was `seen` in this one and `before`; None where this box's own jobs had its GPUs.
+    """
+
+    seconds: float = 0.0
+    seen: float | None = None
+    before: float | None = None
+
+    def look_again(self) -> None:
+        self.before, self.seen = self.seen, None
+
+    def see(self) -> None:
+        """It finds no place, and none of this box's own jobs is in its way."""
+        self.seen = time.monotonic()
+        self.seconds += 0 if self.before is None else self.seen - self.before
+
 
 class Claims:
     """Claims jobs in the queue's order (shared/fairness.py) for the slots that they fit.
@@ -93,20 +127,21 @@ class Claims:
         self._database = database
         self._worker = worker
         self._slots = slots
-        # Since when (monotonic) a job is known to find no place here.
-        self._waits: dict[str, float] = {}
+        # The jobs that found no place here and were told so.
+        self._waits: dict[str, Waiting] = {}
         self._reserved = settings.root / "cache" / RESERVED
         self._put_off: set[str] = set()
 
     def fill(self, free: Sequence[Device]) -> Iterator[tuple[Job, tuple[Device, ...]]]:
         """Claim what the free slots can take; each job comes under its lease, with its plan."""
+        self._look_again()
         left = {slot.index: slot for slot in free}
         if not left:
             return
         with self._database.read() as session:
             fair = queue.offer(session, self._settings, self._read_line)
             queued = queue.still_queued(session, list(self._waits)) if self._waits else set()
-        self._waits = {job_id: since for job_id, since in self._waits.items() if job_id in queued}
+        self._waits = {job_id: waiting for job_id, waiting in self._waits.items() if job_id in queued}
         if fair.is_empty:
             return
         self._put_off = still_put_off(self._reserved)
@@ -137,6 +172,10 @@ class Claims:
                 yield claimed, tuple(left.pop(device.index) for device in match.devices)
                 if not left:
                     return
+
+    def _look_again(self) -> None:
+        for waiting in self._waits.values():
+            waiting.look_again()
 
     def first(self, limit: int) -> list[Job]:
         """The waiting jobs that are next, claimed or not."""
@@ -177,39 +216,51 @@ class Claims:
         return job
 
     def _wait(self, job: Job, wanted: Wanted, left: Collection[int], measured: dict[int, Device]) -> None:
-        """Tell the job why it waits, once, and end it when that has taken too long."""
+        """Tell the job why it waits, once, and end it when that has taken too long.
+
+        Args:
+            left: slots that no job of this box has.
+        """
         gpus, there = wanted.spec.gpus, len(self._slots)
-        fits = find_match(wanted, self._slots) is not None
-        if wanted.too_large and gpus <= there and not fits and not self._fits_elsewhere(wanted):
+        if gpus <= there and wanted.exhausted(self._slots) and not self._fits_elsewhere(wanted):
             last = wanted.too_large[-1]
             why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
-            self._refuse(job, FailureCode.OUT_OF_MEMORY, why, MEMORY_ADVICE)
+            self._refuse(job, FailureCode.OUT_OF_MEMORY, why, memory_advice(wanted.spec, last.device))
             return
         if gpus > there:
             why = f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
-        elif not fits:
+        elif find_match(wanted, self._slots) is None:
             why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
         else:
-            why = f"Not enough GPU memory is free on worker {self._worker}: " + "; ".join(
-                _usage(slot, measured[slot.index])
-                for slot in self._slots
-                if slot.index in left and (gpus > 1 or find_match(wanted, [slot]))
-            )
-        now = time.monotonic()
-        since = self._waits.get(job.id)
-        if since is None:
-            self._waits[job.id] = now
+            fitting = [slot for slot in self._slots if gpus > 1 or find_match(wanted, [slot])]
+            busy = [slot for slot in fitting if slot.index in left]
+            usage = "; ".join(_usage(slot, measured[slot.index]) for slot in busy)
+            why = f"Not enough GPU memory is free on worker {self._worker}: {usage}. {wanted.need(busy)}"
+        waiting = self._waits.get(job.id)
+        if waiting is None:
+            waiting = self._waits[job.id] = Waiting()
             with self._database.write() as session:
                 if leases.lock_queued(session, job.id):
-                    entry = Entry(f"{why} The job waits.", level="warning")
+                    entry = Entry(f"{why} {self._patience()}", level="warning")
                     logs.append_entries(session, job.id, [entry])
-        elif now - since > self._settings.busy_gpu_wait_seconds and not self._fits_elsewhere(wanted):
-            waited = f"{why} It waited {now - since:.0f} s."
+        waiting.see()
+        over = waiting.seconds >= self._settings.busy_gpu_wait_seconds
+        if waiting.before is not None and over and not self._fits_elsewhere(wanted):
             advice = (
-                "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it), or let "
-                "it need less memory: smaller max_seq_length, quantization 4bit, or fewer gpus."
+                "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it). "
+                f"{memory_advice(wanted.spec, 'cuda')}"
             )
+            waited = f"{why} It waited {waiting.seconds:.0f} s."
             self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
+
+    def _patience(self) -> str:
+        """What comes of a job that finds no place."""
+        seconds = self._settings.busy_gpu_wait_seconds
+        return (
+            f"It waits for {seconds:.0f} s at most (TUNEYARD_BUSY_GPU_WAIT_SECONDS), without the time in "
+            "which this worker's own jobs have the GPUs, while those behind it that fit run. Then, if no "
+            "other worker on line has a place for it, it fails with out_of_memory."
+        )
 
     def _fits_elsewhere(self, wanted: Wanted) -> bool:
         """Whether another worker on line has a place for it, taken or not."""
@@ -236,15 +287,17 @@ class Claims:
 
 
 def find_match(wanted: Wanted, devices: Sequence[Device]) -> Match | None:
-    """The job's place on these devices of one box: the fastest that it fits, the first of equal ones."""
+    """The job's place on these devices of one box: the fastest that it fits, the first of equal ones; where
+    no speed is predicted the one with the most memory."""
     gpus = wanted.spec.gpus
-    if gpus > 1:
-        # The planner plans for the largest ones too.
-        largest = sorted(devices, key=lambda device: -device.memory_bytes)[:gpus]
-        plan = wanted.plan(devices) if len(largest) == gpus else None
-        return Match(tuple(largest), plan) if plan else None
-    found = [Match((device,), plan) for device in devices if (plan := wanted.plan([device]))]
-    return max(found, key=lambda match: match.plan.tokens_per_second or 0, default=None)
+    places = groups(gpus, devices) if gpus > 1 else [(device,) for device in devices]
+    found = [Match(place, plan) for place in places if (plan := wanted.plan(place))]
+    return max(found, key=_preference, default=None)
+
+
+def _preference(match: Match) -> tuple[float, int]:
+    speed = match.plan.tokens_per_second
+    return (0, match.devices[-1].memory_bytes) if speed is None else (speed, 0)
 
 
 def _kept(wanted: Wanted, left: Collection[int], measured: Mapping[int, Device]) -> list[int]:
@@ -256,10 +309,13 @@ def _kept(wanted: Wanted, left: Collection[int], measured: Mapping[int, Device])
 def _fail(session: Session, job: Job, code: FailureCode, message: str, advice: str) -> None:
     failure = {"code": code, "message": message, "advice": advice}
     set_status(job, JobStatus.FAILED, failure=failure)
-    logs.append_entries(session, job.id, [Entry(message, level="error", data=failure)])
+    logs.append_entries(session, job.id, [Entry(f"Failed: {message} {advice}", level="error", data=failure)])
     logger.error("Job %s: %s", job.id, message)
 
 
 def _usage(slot: Device, measured: Device) -> str:
-    total, free = slot.memory_bytes >> 20, measured.memory_bytes >> 20
-    return f"GPU {slot.index} has {free} of {total} MiB free, {total - free} MiB are in use outside Tuneyard."
+    most, free = slot.memory_bytes / GIB, measured.memory_bytes / GIB
+    return (
+        f"GPU {slot.index} has {free:.1f} GiB free of the {most:.1f} GiB that jobs may take, the rest is in "
+        "use outside Tuneyard"
+    )

@@ -146,7 +146,7 @@ def _ask(tool: str, query: Sequence[str]) -> str:
 
 
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
-    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB; 0 where the driver does not tell).
+    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB, 0 if the driver doesn't tell).
 
     One that is split with MIG is left out: its memory is not one job's to have.
 

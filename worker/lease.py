@@ -14,6 +14,7 @@ from shared.events import Entry
 from shared.lifecycle import FailureCode, JobStatus
 from shared.repository import exports, leases, logs
 from shared.repository.jobs import set_status
+from shared.savings import MACHINE_MEMORY_ADVICE
 from shared.tables import ExportTask, Job
 
 
@@ -37,7 +38,7 @@ class Lease(Protocol):
     ) -> None:
         """End it as succeeded, or as failed; `entry` says so in a job's log."""
 
-    def run_out_of_memory(self, session: Session, failure: dict[str, Any]) -> None:
+    def run_out_of_memory(self, session: Session, message: str, *, of_machine: bool) -> None:
         """End the attempt, and the work too if it can't be done with less."""
 
     def give_back(self, session: Session, why: str) -> None:
@@ -66,8 +67,8 @@ class JobLease:
         self.log(session, [entry])
         set_status(self.hold(session), status, failure=failure)
 
-    def run_out_of_memory(self, session: Session, failure: dict[str, Any]) -> None:
-        leases.run_out_of_memory(session, self.hold(session), failure)
+    def run_out_of_memory(self, session: Session, message: str, *, of_machine: bool) -> None:
+        leases.run_out_of_memory(session, self.hold(session), message, of_machine=of_machine)
 
     def give_back(self, session: Session, why: str) -> None:
         leases.give_back(session, self.hold(session), why)
@@ -101,14 +102,17 @@ class ExportLease:
         if failure is None:
             exports.succeed(session, self.hold(session))
         else:
-            self._fail(session, failure)
+            code = FailureCode(failure["code"])
+            exports.fail(session, self.hold(session), code, failure["message"], failure["advice"])
 
-    def run_out_of_memory(self, session: Session, failure: dict[str, Any]) -> None:
-        self._fail(session, failure)
-
-    def _fail(self, session: Session, failure: dict[str, Any]) -> None:
-        code = FailureCode(failure["code"])
-        exports.fail(session, self.hold(session), code, failure["message"], failure["advice"])
+    def run_out_of_memory(
+        self,
+        session: Session,
+        message: str,
+        *,
+        of_machine: bool,  # noqa: ARG002 - exports are made in main memory
+    ) -> None:
+        exports.fail(session, self.hold(session), FailureCode.OUT_OF_MEMORY, message, MACHINE_MEMORY_ADVICE)
 
     def give_back(self, session: Session, why: str) -> None:
         exports.give_back(session, self.hold(session), why)

@@ -67,7 +67,8 @@ def time_out(database: Database, child: Child) -> None:
         with database.write() as session:
             job = leases.owned_job(session, child.job_id, child.token)
             set_status(job, JobStatus.FAILED, failure=failure)
-            logs.append_entries(session, job.id, [Entry(message, level="error", data=failure)])
+            entry = Entry(f"Failed: {message} {advice}", level="error", data=failure)
+            logs.append_entries(session, job.id, [entry])
     except LeaseLost:
         logger.info("Job %s ended as its time ran out", child.job_id)
     child.kill()

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from shared.clock import utcnow
 from shared.database import Database, Session
-from shared.errors import JobFailure, LeaseLost
+from shared.errors import JobFailure, LeaseLost, OutOfMemory
 from shared.events import Artifact, Checkpoint, Entry, Progress
 from shared.lifecycle import JobStatus, Phase
 from shared.queue import Doorbell
@@ -238,7 +238,7 @@ class DatabaseSink:
         self._stop_thread()
         self._commit(lambda session: self._held.lose(session, why, max_losses))
 
-    def run_out_of_memory(self, failure: JobFailure) -> None:
+    def run_out_of_memory(self, failure: OutOfMemory) -> None:
         """End this attempt, and the job if no cheaper plan is left to try.
 
         Raises:
@@ -246,7 +246,11 @@ class DatabaseSink:
         """
         self._stop_thread()
         recorded = self._recorded(failure)
-        self._commit(lambda session: self._held.run_out_of_memory(session, recorded))
+        self._commit(
+            lambda session: self._held.run_out_of_memory(
+                session, recorded["message"], of_machine=failure.of_machine
+            )
+        )
 
     def _stop_thread(self) -> None:
         self._closing = True

@@ -25,6 +25,7 @@ from shared.hub import HubConfigs
 from shared.ids import new_job_id
 from shared.lifecycle import JobStatus
 from shared.models import ModelInfo, find_model
+from shared.plan import Plan
 from shared.planner import alternatives, make_plan
 from shared.policy import check_spec
 from shared.queue import Doorbell
@@ -138,7 +139,7 @@ def create(
     with database.read() as session:
         boxes = _boxes(session, settings)
         dataset = _usable_datasets(session, caller, spec)
-    check_runnable(spec, model.shape, boxes)
+    check_runnable(spec, model, boxes)
     expected = _estimate(spec, model, dataset, boxes, with_others=False)["seconds"]
     with database.write() as session:
         _usable_datasets(session, caller, spec)
@@ -186,7 +187,7 @@ def estimate_job(
     with database.read() as session:
         dataset = _usable_datasets(session, caller, spec)
         boxes = _boxes(session, settings)
-    check_runnable(spec, model.shape, boxes)
+    check_runnable(spec, model, boxes)
     return EstimateOut.model_validate(_estimate(spec, model, dataset, boxes, with_others=True))
 
 
@@ -316,9 +317,16 @@ def _estimate(
     planned = [(plan, box) for box in boxes if (plan := make_plan(spec, model.shape, box))]
     if not planned:
         return estimate(spec, model, report, None, [])
-    plan, box = max(planned, key=lambda p: (p[0].device == "cuda", p[0].tokens_per_second or 0))
+    plan, box = max(planned, key=_preference)
     others = alternatives(spec, model.shape, box) if with_others else []
     return estimate(spec, model, report, plan, others)
+
+
+def _preference(planned: tuple[Plan, list[Device]]) -> tuple[bool, float, int]:
+    """The fastest of a GPU; where no speed is predicted, the one with the most memory."""
+    plan, box = planned
+    speed, largest = plan.tokens_per_second, max(device.memory_bytes for device in box)
+    return plan.device == "cuda", speed or 0, largest if speed is None else 0
 
 
 def _boxes(session: Session, settings: Settings) -> list[list[Device]]:

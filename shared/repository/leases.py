@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from sqlmodel import Session, col, select
 
 from shared.clock import utcnow
+from shared.device import DeviceKind
 from shared.errors import LeaseLost
 from shared.events import Entry
 from shared.lifecycle import LEASED, FailureCode, JobStatus, Phase
 from shared.repository import logs, tallies
 from shared.repository.jobs import set_status
+from shared.savings import EXPORT_MEMORY_ADVICE, MACHINE_MEMORY_ADVICE, lost_advice, memory_advice
+from shared.spec import JobSpec
 from shared.tables import Job
 
 # How often a job that ran out of memory is tried under a cheaper plan.
@@ -109,34 +113,56 @@ def give_back(session: Session, job: Job, why: str) -> None:
 def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     """End an attempt whose process died: as `give_back`, but failed when that has happened too often."""
     job.losses += 1
+    kind: DeviceKind = job.plan["device"] if job.plan else "cpu"
     if job.status in (JobStatus.CANCELLING, JobStatus.PAUSING) or job.losses < max_losses:
         give_back(session, job, why)
         return
     failure = {
         "code": FailureCode.WORKER_LOST,
         "message": f"{why} That has now happened {job.losses} times.",
-        "advice": "Look at the log's last entries. A job that needs more memory than the machine has ends "
-        "like this: try a smaller batch with more accumulation, shorter sequences or a smaller model.",
+        "advice": lost_advice(_spec_of(job), kind),
     }
-    set_status(job, JobStatus.FAILED, failure=failure)
-    logs.append_entries(session, job.id, [Entry(failure["message"], level="error", data=failure)])
-
-
-def run_out_of_memory(session: Session, job: Job, failure: dict[str, Any]) -> None:
-    """End an attempt that ran out of memory: queued again for a cheaper plan, or failed.
-
-    `plan_history` says of the attempt's plan that it ran out of memory, and after which step.
-    """
-    step = job.progress["step"] if job.progress else 0
-    if job.phase != Phase.EXPORTING and job.plan_history:
-        last = job.plan_history[-1] | {"reason": OUT_OF_MEMORY, "step": step}
-        job.plan_history = [*job.plan_history[:-1], last]
-        if len(plans_too_large(job)) <= MEMORY_RETRIES:
-            give_back(session, job, f"{failure['message']} That was after step {step}.")
-            return
     set_status(job, JobStatus.FAILED, failure=failure)
     entry = Entry(f"Failed: {failure['message']} {failure['advice']}", level="error", data=failure)
     logs.append_entries(session, job.id, [entry])
+
+
+def run_out_of_memory(session: Session, job: Job, message: str, *, of_machine: bool) -> None:
+    """End an attempt that ran out of memory: queued again for a cheaper plan, or failed with what to change.
+
+    `plan_history` says of the attempt's plan that it ran out of memory, and after which step.
+
+    Args:
+        of_machine: it was main memory: no plan for a GPU changes that, nor one for the CPU while data is
+            prepared.
+    """
+    kind: DeviceKind = job.plan["device"] if job.plan else "cpu"
+    if job.phase == Phase.EXPORTING:
+        advice = EXPORT_MEMORY_ADVICE
+    elif of_machine and (kind == "cuda" or job.phase == Phase.PREPARING_DATA):
+        advice = MACHINE_MEMORY_ADVICE
+    else:
+        step = job.progress["step"] if job.progress else 0
+        if job.plan_history:
+            last = job.plan_history[-1] | {"reason": OUT_OF_MEMORY, "step": step}
+            job.plan_history = [*job.plan_history[:-1], last]
+            if len(plans_too_large(job)) <= MEMORY_RETRIES:
+                when = f"after step {step}" if step else "before this attempt's first step"
+                give_back(session, job, f"{message} That was {when}.")
+                return
+        advice = memory_advice(JobSpec.from_json(job.spec), kind)
+    failure = {"code": FailureCode.OUT_OF_MEMORY, "message": message, "advice": advice}
+    set_status(job, JobStatus.FAILED, failure=failure)
+    entry = Entry(f"Failed: {message} {advice}", level="error", data=failure)
+    logs.append_entries(session, job.id, [entry])
+
+
+def _spec_of(job: Job) -> JobSpec | None:
+    """None if this version does not understand it: whoever recovers a job need not be who ran it."""
+    try:
+        return JobSpec.from_json(job.spec)
+    except ValidationError:
+        return None
 
 
 def plans_too_large(job: Job) -> list[dict[str, Any]]:

@@ -142,6 +142,21 @@ def test_an_estimate_tabulates_the_plans_that_lost(tuneyard: Run, box: Settings)
     assert lost[7].endswith("slower")
 
 
+def test_an_estimate_says_why_something_is_not_known(tuneyard: Run, box: Settings) -> None:
+    asked = ("estimate", "--model", MODEL, "--set", "max_seq_length=512")
+    told = dict(line.split("\t") for line in tuneyard(*asked).stdout.splitlines()[:6])
+    assert told["tokens an epoch"] == "not known before the hub's rows are read, which the job does"
+    assert told["optimiser steps"].startswith("not known without the tokens")
+    assert told["training time"] == "not known without the steps"
+    assert told["peak memory"].endswith("iB")
+    unknown = ("estimate", "--model", "somebody/else", "--set", "training.max_steps=3")
+    told = dict(line.split("\t") for line in tuneyard(*unknown).stdout.splitlines()[:6])
+    assert told["optimiser steps"] == "3"
+    for what in ("training time", "peak memory"):
+        assert told[what] == "not known: the model's config could not be read"
+    assert told["disk"] == "not known without the model's size"
+
+
 def test_pause_and_resume(tuneyard: Run) -> None:
     job_id = submit(tuneyard, "--name", "forever")
     assert tuneyard("pause", job_id).stdout.strip() in ("pausing", "paused")

@@ -93,17 +93,32 @@ def test_a_lost_job_is_queued_again_and_the_old_token_is_worth_nothing(database:
         assert jobs.get_job(session, job_id, None).attempt == 2
 
 
-def test_a_job_that_loses_its_worker_too_often_fails_with_what_is_known(database: Database) -> None:
+@pytest.mark.parametrize(
+    ("of_a_later_version", "advice"),
+    [
+        ({}, "per_device_train_batch_size 1"),
+        ({"unheard_of": 1}, "give the worker's machine more main memory"),
+    ],
+)
+def test_a_job_that_loses_its_worker_too_often_fails_with_what_is_known(
+    database: Database, of_a_later_version: dict[str, int], advice: str
+) -> None:
     job_id = make_job(database)
+    with database.write() as session:
+        written = jobs.lock_job(session, job_id, None)
+        written.spec = written.spec | of_a_later_version
     for _ in range(3):
         assert claim(database) == job_id
         with database.write() as session:
             leases.lose(session, jobs.lock_job(session, job_id, None), "Killed by signal 9.", max_losses=3)
     with database.read() as session:
         job = jobs.get_job(session, job_id, None)
+        *_, last = logs.read_entries(session, job_id, 0, 100)
     assert job.status == JobStatus.FAILED
     assert job.failure is not None
     assert job.failure["code"] == "worker_lost"
+    assert advice in job.failure["advice"]
+    assert last.message == f"Failed: {job.failure['message']} {job.failure['advice']}"
     assert "signal 9" in job.failure["message"]
     assert "3 times" in job.failure["message"]
 

@@ -61,6 +61,11 @@ def test_the_models_of_this_box_are_listed(tmp_path: Path) -> None:
         ("local/absent", "no local model"),
         ("local/empty", r"holds no \*.safetensors"),
         ("local/broken", "can't be read"),
+        ("local/list", "config.json holds no JSON object"),
+        ("local/number", "config.json holds no JSON object"),
+        ("local/deep", "can't be read"),
+        ("local/headless", "describes no tensors"),
+        ("local/shapeless", "describes no tensors"),
         ("bundled/other", f"bundled one is {BUNDLED_MODEL}"),
         ("evil/model", "not allowed"),
     ],
@@ -73,6 +78,14 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_reason(
     (tmp_path / "empty" / "config.json").write_text("{}")
     make_model(tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"\xff" * 16)
+    for name, config in (("list", "[]"), ("number", "7"), ("deep", "[" * 100_000)):
+        (make_model(tmp_path / name) / "config.json").write_text(config)
+    for name, header in (
+        ("headless", b"[]"),
+        ("shapeless", b'{"model.layers.0.q_proj.weight": {"shape": 7}}'),
+    ):
+        file = make_model(tmp_path / name) / "model.safetensors"
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
     settings = Settings(models_root=tmp_path, model_allow="local/*,bundled/*")
     with pytest.raises(InvalidRequest, match=message) as caught:
         find_model(settings, model)

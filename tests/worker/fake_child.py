@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.disk import DiskNeed
-from shared.errors import ProcessLost
+from shared.errors import JobFailure, ProcessLost
 from shared.events import Artifact, Checkpoint, Control, Entry, EventSink, Progress, TrainingControl
 from shared.exports import artifact_name
-from shared.lifecycle import Phase
+from shared.lifecycle import FailureCode, Phase
 from shared.plan import EngineName, Plan
 from shared.spec import JobSpec
 from tests.samples import size_and_hash
@@ -57,9 +57,8 @@ def pipeline(
         return []
     if word == "tell":
         return _tell(workdir, sink, (spec.name or "").split()[1])
-    if word in ("fail", "lost"):
-        gone = ProcessLost("The job's process on GPU 1 ended unexpectedly (signal 9).")
-        raise {"fail": ValueError("the pipeline broke"), "lost": gone}[word]
+    if word in ("fail", "lost", "starved"):
+        _fail(word, sink)
     if word == "die":
         time.sleep(0.3)  # long enough for the log to be written
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,6 +79,15 @@ def pipeline(
         subprocess.Popen(["/bin/sleep", str(AT_MOST_SECONDS)])
         _train_until_stopped(sink, control, checks=False)
     raise AssertionError(word)
+
+
+def _fail(word: str, sink: EventSink) -> None:
+    if word == "starved":
+        sink.phase(Phase.PREPARING_DATA)
+        raise JobFailure(FailureCode.OUT_OF_MEMORY, "A process that prepared data was killed.", "Add memory.")
+    if word == "lost":
+        raise ProcessLost("The job's process on GPU 1 ended unexpectedly (signal 9).")
+    raise ValueError("the pipeline broke")
 
 
 def _hold_room(spec: JobSpec, workdir: Workdir, sink: EventSink, control: TrainingControl) -> list[Artifact]:

@@ -105,7 +105,9 @@ def test_a_busy_gpu_is_waited_for_with_one_entry(box: Claims, database: Database
     assert claimed(box, SMALL, LARGE) == [(light, [1])]
     assert claimed(box, SMALL, LARGE) == claimed(box, SMALL, LARGE) == []
     (told,) = messages(database, heavy)[1:]
-    assert "GPU 1 has 30720 of 81920 MiB free, 51200 MiB are in use outside Tuneyard" in told
+    assert "GPU 1 has 30.0 GiB free of the 80.0 GiB that jobs may take" in told
+    assert "It waits for 3600 s at most" in told
+    assert "it fails with out_of_memory" in told
     assert "GPU 0" not in told
     set_free(24, 70)
     assert claimed(box, SMALL, LARGE) == [(heavy, [1])]
@@ -132,8 +134,9 @@ def test_waiting_for_a_busy_gpu_has_an_end(settings: Settings, database: Databas
         failure = jobs.get_job(session, heavy, None).failure
     assert failure is not None
     assert failure["code"] == "out_of_memory"
-    assert "51200 MiB are in use" in failure["message"]
-    assert messages(database, heavy)[-1] == failure["message"]
+    assert "30.0 GiB free of the 80.0 GiB" in failure["message"]
+    assert "in nvidia-smi what uses it" in failure["advice"]
+    assert messages(database, heavy)[-1] == f"Failed: {failure['message']} {failure['advice']}"
 
 
 def test_a_job_that_fits_nowhere_here_is_left_to_a_worker_that_it_fits(
@@ -180,7 +183,7 @@ def test_a_job_for_more_gpus_than_the_box_has_or_that_do_not_fit_it_keeps_none(
     one = make_job(database, name="job 10")
     assert claimed(box, SMALL) == [(one, [0])]
     assert status(database, four) == status(database, large) == "queued"
-    assert messages(database, four)[1] == "The job asks for 4 GPUs, and worker box-1 has 2. The job waits."
+    assert messages(database, four)[1].startswith("The job asks for 4 GPUs, and worker box-1 has 2. It waits")
 
 
 def test_a_job_for_several_gpus_of_which_one_is_busy_holds_up_nobody(
@@ -190,7 +193,7 @@ def test_a_job_for_several_gpus_of_which_one_is_busy_holds_up_nobody(
     both = make_job(database, name="job 10", gpus=2)
     one = make_job(database, name="job 10")
     assert claimed(box, SMALL, LARGE) == [(one, [0])]
-    assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, both)[1]
+    assert "GPU 1 has 5.0 GiB free of the 80.0 GiB" in messages(database, both)[1]
 
 
 def test_a_job_that_a_gpu_of_ours_fits_waits_for_it_however_long_another_is_used_outside(
@@ -230,7 +233,7 @@ def test_a_job_for_several_gpus_of_which_one_is_used_outside_keeps_none_from_tho
     behind = make_job(database, name="job 10")
     # One of this box's own jobs is on OTHER: its end would not help.
     assert claimed(box, SMALL, LARGE) == [(behind, [0])]
-    assert "GPU 1 has 5120 of 81920 MiB free" in messages(database, three)[1]
+    assert "GPU 1 has 5.0 GiB free of the 80.0 GiB" in messages(database, three)[1]
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

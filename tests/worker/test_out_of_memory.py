@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from shared.clock import utcnow
 from shared.database import Database
-from shared.device import Device
+from shared.device import Device, DeviceKind
+from shared.lifecycle import Phase
 from shared.repository import leases
 from shared.repository.leases import MEMORY_RETRIES
+from shared.savings import EXPORT_MEMORY_ADVICE, MACHINE_MEMORY_ADVICE, lost_advice, memory_advice
 from shared.spec import JobSpec
 from shared.tables import Job
 from tests.samples import make_job
@@ -62,17 +67,106 @@ def test_a_job_that_nothing_helps_fails_with_what_to_change(start: Start, databa
     assert wait_status(database, other, "succeeded").status == "succeeded"
 
 
+def test_a_killed_preparation_of_data_is_no_plans_fault(start: Start, database: Database) -> None:
+    start()
+    job = wait_status(database, make_job(database, name="starved"), "failed")
+    assert job.failure == {
+        "code": "out_of_memory",
+        "message": "A process that prepared data was killed.",
+        "advice": "Add memory.",
+    }
+    assert (job.attempt, "reason" in job.plan_history[0]) == (1, False)
+
+
+def run_out(database: Database, job_id: str, device: str, *, of_machine: bool = False, **state: Any) -> Job:
+    """Let a new attempt at the job, under a plan for this device, run out of memory in this state."""
+    with database.write() as session:
+        job = leases.claim(session, job_id, "w", "t", utcnow())
+        assert job is not None
+        job.plan = {"n": job.attempt, "device": device}
+        job.plan_history = [*job.plan_history, {"attempt": job.attempt, "plan": job.plan}]
+        for name, value in state.items():
+            setattr(job, name, value)
+        leases.run_out_of_memory(session, job, "No room.", of_machine=of_machine)
+    return read(database, job_id)
+
+
 def test_retries_come_to_an_end(database: Database) -> None:
     job_id = make_job(database)
-    failure = {"code": "out_of_memory", "message": "No room.", "advice": "Take less."}
     for attempt in range(1, MEMORY_RETRIES + 2):
-        with database.write() as session:
-            job = leases.claim(session, job_id, "w", "t", read(database, job_id).created_at)
-            assert job is not None
-            job.plan_history = [*job.plan_history, {"attempt": attempt, "plan": {"n": attempt}}]
-            leases.run_out_of_memory(session, job, failure)
-        assert read(database, job_id).status == ("queued" if attempt <= MEMORY_RETRIES else "failed")
-    assert read(database, job_id).failure == failure
+        job = run_out(database, job_id, "cuda")
+        assert job.status == ("queued" if attempt <= MEMORY_RETRIES else "failed")
+    assert job.failure is not None
+    assert (job.failure["code"], job.failure["message"]) == ("out_of_memory", "No room.")
+
+
+def test_the_log_says_when_memory_ran_out(database: Database) -> None:
+    job_id = make_job(database)
+    run_out(database, job_id, "cuda")
+    run_out(database, job_id, "cuda", progress={"step": 7})
+    told = [e.message for e in entries(database, job_id) if e.message.startswith("No room.")]
+    assert told == [
+        "No room. That was before this attempt's first step. The job goes back to the queue.",
+        "No room. That was after step 7. The job goes back to the queue.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "phase", "of_machine", "status", "advice"),
+    [
+        ("cuda", Phase.PREPARING_DATA, False, "queued", None),
+        ("cuda", Phase.PREPARING_DATA, True, "failed", MACHINE_MEMORY_ADVICE),
+        ("cuda", Phase.TRAINING, True, "failed", MACHINE_MEMORY_ADVICE),
+        ("cpu", Phase.PREPARING_DATA, True, "failed", MACHINE_MEMORY_ADVICE),
+        ("cpu", Phase.TRAINING, True, "queued", None),
+        ("cuda", Phase.EXPORTING, False, "failed", EXPORT_MEMORY_ADVICE),
+        ("cpu", Phase.EXPORTING, True, "failed", EXPORT_MEMORY_ADVICE),
+    ],
+)
+def test_a_cheaper_plan_is_tried_where_it_can_help(
+    database: Database, device: str, phase: Phase, of_machine: bool, status: str, advice: str | None
+) -> None:
+    job = run_out(database, make_job(database), device, of_machine=of_machine, phase=phase)
+    assert job.status == status
+    assert (job.failure and job.failure["advice"]) == advice
+    assert ("reason" in job.plan_history[0]) == (status == "queued")
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "says", "never"),
+    [
+        (
+            {},
+            "cuda",
+            ["max_seq_length 2048", "a GPU with more memory"],
+            ["4bit", "lora.r", "engine", "optim"],
+        ),
+        ({"quantization": "none"}, "cuda", ["quantization 4bit,"], ["auto"]),
+        ({"quantization": "none"}, "cpu", ["max_seq_length 2048", "a machine with more"], ["4bit"]),
+        ({"quantization": "4bit"}, "cuda", ["a smaller model"], ["4bit"]),
+        ({"precision": "fp8"}, "cuda", ["precision auto"], ["4bit"]),
+        ({"engine": "compiled"}, "cuda", ["engine auto"], ["precision"]),
+        ({"engine": "unsloth"}, "cuda", ["a smaller model"], ["engine"]),
+        ({"max_seq_length": 256}, "cuda", ["Try a smaller model"], ["max_seq_length"]),
+        ({"lora": {"r": 64}, "training": {"optim": "adamw_torch"}}, "cuda", ["lora.r 16", "adamw_8bit"], []),
+    ],
+)
+def test_the_advice_is_about_what_the_spec_says(
+    spec: dict[str, Any], kind: DeviceKind, says: list[str], never: list[str]
+) -> None:
+    advice = memory_advice(JobSpec.from_json(spec), kind)
+    assert [words for words in says if words not in advice] == []
+    assert [words for words in never if words in advice] == []
+
+
+def test_a_lost_jobs_advice_names_no_smaller_batch_where_there_is_none() -> None:
+    stated = JobSpec.from_json({})
+    assert "per_device_train_batch_size 1 with training.gradient_accumulation_steps 8" in lost_advice(
+        stated, "cpu"
+    )
+    single = JobSpec.from_json({"training": {"per_device_train_batch_size": 1}, "max_seq_length": 128})
+    assert lost_advice(single, "cpu").endswith("ends like this: try a smaller model.")
+    assert "batch" not in lost_advice(stated, "cuda")
 
 
 def test_the_share_of_a_gpu_is_what_is_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.errors import DatasetError, JobFailure
+from shared.errors import DatasetError, JobFailure, OutOfMemory
 from shared.lifecycle import FailureCode
 from shared.storage import StoreUnavailable
 
-MEMORY_ADVICE = (
-    "Smaller micro-batches and recomputed activations are tried by themselves, at the same effective batch. "
-    "Lower max_seq_length, set quantization to 4bit, lower lora.r, or choose a smaller model."
-)
 DISK_ADVICE = "Free space in the server's data folder, or ask for fewer exports, then submit the job again."
 STORE_ADVICE = "Submit the job again once GET /readyz says that the store can be used."
 DIVERGED_ADVICE = (
@@ -27,7 +23,8 @@ _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_SPACE_BYTES = 16 * 1024 * 1024
 # Where torch, safetensors and arrow raise errors of their own, the operating system's words are what is left.
 _DISK_WORDS = ("no space left on device", "disk quota exceeded")
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+_GPU_MEMORY_WORDS = ("out of memory", "alloc_failed")
+_MAIN_MEMORY_WORDS = ("can't allocate memory", "cannot allocate memory")
 
 
 def explain(error: BaseException) -> JobFailure:
@@ -53,10 +50,10 @@ def explain(error: BaseException) -> JobFailure:
             return JobFailure(FailureCode.EXPORT_FAILED, str(cause), STORE_ADVICE)
         if out_of_disk(cause):
             return JobFailure(FailureCode.OUT_OF_DISK, "The disk is full.", DISK_ADVICE)
-        if _out_of_memory(cause):
-            return JobFailure(
-                FailureCode.OUT_OF_MEMORY, f"The job ran out of memory: {_first_words(cause)}", MEMORY_ADVICE
-            )
+        of_machine = _out_of_main_memory(cause)
+        if of_machine or _out_of_gpu_memory(cause):
+            message = f"The job ran out of memory: {_first_words(cause)}"
+            return OutOfMemory(FailureCode.OUT_OF_MEMORY, message, of_machine=of_machine)
     return JobFailure(
         FailureCode.INTERNAL_ERROR,
         last_line(error),
@@ -101,8 +98,16 @@ def out_of_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _DISK_ERRNOS) or tells_of_full_disk(str(error))
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _out_of_gpu_memory(error: BaseException) -> bool:
     # torch.OutOfMemoryError by its name: this module is also used where torch never came to be loaded.
-    if isinstance(error, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__):
+    return any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _GPU_MEMORY_WORDS)
+    )
+
+
+def _out_of_main_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MAIN_MEMORY_WORDS)
+    )

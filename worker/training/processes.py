@@ -10,6 +10,7 @@ from pathlib import Path
 from shared.errors import JobFailure
 from shared.events import Control
 from shared.lifecycle import FailureCode
+from shared.savings import EXPORT_MEMORY_ADVICE
 from worker.training.failures import DISK_ADVICE, is_full, tells_of_full_disk
 
 POLL_SECONDS = 0.1
@@ -60,7 +61,7 @@ def _explain(what: str, code: int, output: str, scratch: Path) -> JobFailure:
         return JobFailure(
             FailureCode.OUT_OF_MEMORY,
             f"{what}: the system killed the tool, as it does when memory runs out.",
-            "Give the worker's machine more memory, or submit the job without the merged and GGUF exports.",
+            EXPORT_MEMORY_ADVICE,
         )
     how = f"exit code {code}" if code > 0 else f"signal {-code}"
     return _failed(f"{what} ended with {how}: {said}")

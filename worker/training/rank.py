@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from shared.errors import OutOfMemory
 from shared.events import Artifact, Checkpoint, Entry, GoOn, Progress
 from shared.lifecycle import Phase
 from shared.plan import Plan
@@ -60,7 +61,13 @@ def main() -> None:
     except Exception as error:
         logger.exception("Rank %d failed", order["rank"])
         failure = explain(error)
-        told = {"code": failure.code, "message": failure.message, "advice": failure.advice}
+        told: dict[str, Any] = {
+            "code": failure.code,
+            "message": failure.message,
+            "advice": failure.advice,
+        }
+        if isinstance(failure, OutOfMemory):
+            told["of_machine"] = failure.of_machine
         (folder / f"{order['rank']}.failure").write_text(json.dumps(told), encoding="utf-8")
         sys.stderr.flush()
         os._exit(1)

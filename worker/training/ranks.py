@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from shared.errors import JobFailure, JobStopped, ProcessLost
+from shared.errors import JobFailure, JobStopped, OutOfMemory, ProcessLost
 from shared.events import TrainingControl
 from shared.lifecycle import FailureCode
 from shared.plan import Plan
@@ -161,18 +161,29 @@ class Ranks:
             return  # It has just ended: `check` tells.
 
     def _failure(self) -> JobFailure | ProcessLost | None:
-        """What the first rank that failed says of it; of one that said nothing, how it ended."""
-        for rank, process in enumerate(self._processes, start=1):
-            code = process.poll()
-            if code:
-                try:
-                    told = json.loads((self._folder / f"{rank}.failure").read_text(encoding="utf-8"))
-                except (OSError, ValueError):
-                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                    gpu = self._workdir.gpus[rank] if self._plan.device == "cuda" else rank
-                    return ProcessLost(f"The job's process on GPU {gpu} ended unexpectedly ({how}).")
-                return JobFailure(FailureCode(told["code"]), told["message"], told["advice"])
-        return None
+        """What a rank that failed says of it, and of one that said nothing, how it ended.
+
+        The first that ran out of memory, else the first that is gone: the others lose their connection to
+        it, and say no more than that.
+        """
+        failed = [
+            self._told(rank, code)
+            for rank, process in enumerate(self._processes, start=1)
+            if (code := process.poll())
+        ]
+        failed.sort(key=lambda f: (not isinstance(f, OutOfMemory), not isinstance(f, ProcessLost)))
+        return failed[0] if failed else None
+
+    def _told(self, rank: int, code: int) -> JobFailure | ProcessLost:
+        try:
+            told = json.loads((self._folder / f"{rank}.failure").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            gpu = self._workdir.gpus[rank] if self._plan.device == "cuda" else rank
+            return ProcessLost(f"The job's process on GPU {gpu} ended unexpectedly ({how}).")
+        if "of_machine" in told:
+            return OutOfMemory(FailureCode(told["code"]), told["message"], of_machine=told["of_machine"])
+        return JobFailure(FailureCode(told["code"]), told["message"], told["advice"])
 
     def _watch(self) -> None:
         """Free this rank from an operation in which it waits for one that is gone."""

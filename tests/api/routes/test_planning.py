@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,11 @@ def put_on_line(api: Api, worker: str, *devices: Device) -> None:
     )
     with api.database.write() as session:
         keys.put_worker(session, row)
+
+
+def use_models(api: Api, root: Path) -> None:
+    rooted = api.context.settings.model_copy(update={"models_root": root})
+    api.app.state.context = replace(api.context, settings=rooted)
 
 
 async def test_an_estimate_shows_the_plan_and_why_others_lost(api: Api) -> None:
@@ -110,6 +118,43 @@ async def test_more_gpus_than_any_one_worker_has_are_refused(api: Api) -> None:
     put_on_line(api, "two", H100, replace(H100, index=1))
     assert (await api.ann.post("/jobs", json=fields)).json()["spec"]["gpus"] == 2
     assert (await api.ann.post("/jobs/estimate", json=fields)).json()["plan"]["gpus"] == 2
+
+
+@pytest.mark.parametrize("config", ["[]", '"text"', "[" * 50_000])
+async def test_a_local_model_that_is_none_is_refused_and_not_listed(
+    api: Api, tmp_path: Path, config: str
+) -> None:
+    folder = tmp_path / "models" / "odd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    use_models(api, folder.parent)
+    for path in ("/jobs", "/jobs/estimate"):
+        error = error_of(await api.ann.post(path, json=SPEC | {"model": "local/odd"}), 422)
+        assert (error["code"], error["param"]) == ("model_unreadable", "model")
+    listed = await api.ann.get("/models")
+    assert listed.status_code == 200
+    assert "local/odd" not in listed.text
+
+
+async def test_a_local_model_of_unknown_kind_has_to_fit_with_its_weights(api: Api, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "moe"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
+    tensor = {"dtype": "BF16", "shape": [1_000_000, 24_000], "data_offsets": [0, 48_000_000_000]}
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": tensor}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(48_000_000_000)  # sparse
+    use_models(api, folder.parent)
+    put_on_line(api, "gpus", replace(H100, name="NVIDIA L4", memory_bytes=12 << 30, capability=8.9))
+    fields = SPEC | {"model": "local/moe", "lora": {"target_modules": ["up_proj"]}}
+    for path in ("/jobs", "/jobs/estimate"):
+        error = error_of(await api.ann.post(path, json=fields), 422)
+        assert (error["code"], error["param"]) == ("does_not_fit", "model")
+        assert "its weights alone take 11.5 GiB" in error["message"]
+    put_on_line(api, "more", H100)
+    assert (await api.ann.post("/jobs", json=fields)).status_code == 201
 
 
 async def test_the_models_shape_is_kept_with_the_job(api: Api) -> None:

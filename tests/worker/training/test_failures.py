@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from shared.errors import DatasetError, JobFailure
+from shared.errors import DatasetError, JobFailure, OutOfMemory
 from shared.lifecycle import FailureCode
 from worker.training.failures import explain
 
@@ -37,7 +37,8 @@ def test_errors_have_their_code_and_advice(error: BaseException, code: FailureCo
     failure = explain(error)
     assert failure.code == code
     assert failure.message
-    assert failure.advice
+    # Who knows the spec gives the advice.
+    assert bool(failure.advice) != isinstance(failure, OutOfMemory)
 
 
 def test_the_cause_counts() -> None:
@@ -51,6 +52,22 @@ def test_out_of_memory_is_told_in_two_sentences() -> None:
     assert explain(torch.OutOfMemoryError(said)).message == (
         "The job ran out of memory: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "of_machine"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), False),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+    ],
+)
+def test_whose_memory_ran_out_is_told(error: BaseException, of_machine: bool) -> None:
+    failure = explain(error)
+    assert isinstance(failure, OutOfMemory)
+    assert failure.of_machine == of_machine
 
 
 def test_a_failure_is_itself() -> None:

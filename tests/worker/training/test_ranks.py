@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,13 +18,15 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from shared.errors import JobFailure, JobStopped, ProcessLost
-from shared.events import MemorySink
+from shared.errors import JobFailure, JobStopped, OutOfMemory, ProcessLost
+from shared.events import GoOn, MemorySink
 from shared.lifecycle import FailureCode, Phase
+from shared.plan import Plan
 from tests.conftest import wait_for
 from tests.worker.training.samples import Running, make_spec, new_workdir, plan_for, run_job
 from worker.training.models import ResolvedModel
 from worker.training.ranks import Ranks, break_off
+from worker.training.workdir import Workdir
 
 pytestmark = pytest.mark.train
 
@@ -259,3 +262,26 @@ def test_what_ends_an_evaluation_of_two_ranks_changes_no_loss(tmp_path: Path, ti
 
     assert losses(attempts[-1]) == losses(whole)
     assert [step for step, row in losses(whole).items() if "eval_loss" in row] == [2, 4]
+
+
+@pytest.mark.parametrize("cause", ["full", "gone"])
+def test_of_ranks_that_failed_the_one_counts_that_the_others_lost(tmp_path: Path, cause: str) -> None:
+    plan = Plan(
+        engine="reference", device="cpu", quantization="none", precision="bf16", micro_batch=1,
+        accumulation=1, gradient_checkpointing="all", gpus=3, reason="a test",
+    )  # fmt: skip
+    job = Ranks(plan, Workdir(root=tmp_path, cache=tmp_path), GoOn())
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    lost = {"code": "internal_error", "message": "Connection closed by peer.", "advice": "Try again."}
+    full = {"code": "out_of_memory", "message": "No room.", "advice": "", "of_machine": False}
+    for rank, told in enumerate((lost, full if cause == "full" else None), start=1):
+        if told is not None:
+            (folder / f"{rank}.failure").write_text(json.dumps(told))
+        job._processes.append(subprocess.Popen(["/bin/false"], stdin=subprocess.PIPE, text=True))
+        job._processes[-1].wait()
+    with pytest.raises(OutOfMemory if cause == "full" else ProcessLost) as failed, job:
+        job.check()
+    if isinstance(failed.value, OutOfMemory):
+        assert not failed.value.of_machine
+    assert job._processes == []

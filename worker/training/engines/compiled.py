@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from shared.plan import Plan
+from shared.planner import COMPILED_ARCHITECTURES
 from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import add_adapter, checkpoint_layers, checkpointed, decoder_layers
 from worker.training.engines.reference import load_base
-from worker.training.models import ResolvedModel
+from worker.training.models import ResolvedModel, unavailable
 
 ATTENTION = "packed_varlen"
 # Documents of a batch are filled up to a multiple of this.
@@ -30,8 +31,17 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         a `peft.PeftModel`.
 
     Raises:
-        JobFailure: `model_unavailable`: weights that can't be read, or target modules that the model lacks.
+        JobFailure: `model_unavailable`: a type of model that the engine does not know, weights that can't be
+            read, or target modules that the model lacks.
     """
+    kind = model.config.get("model_type")
+    if kind not in COMPILED_ARCHITECTURES:
+        # Where the config could not be read when the job was posted nobody could say so.
+        unavailable(
+            f"The compiled engine does not know models of the type {kind}, as {model.id} is one. It knows: "
+            f"{', '.join(sorted(COMPILED_ARCHITECTURES))}.",
+            "Leave engine and precision on auto.",
+        )
     import torch
 
     from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from shared.device import Device
+from shared.errors import JobFailure
+from shared.lifecycle import FailureCode
+from shared.planner import make_plan
+from shared.spec import JobSpec
 from worker.training.engines import compiled, reference, unsloth
+from worker.training.models import ResolvedModel
 
 pytestmark = pytest.mark.train
 
@@ -58,3 +64,12 @@ def test_what_fell_back_is_said() -> None:
     assert "3 places" in compiled.shortfalls({"graph_breaks": 3, "recompiled": 0})[0]
     assert "2 graphs" in compiled.shortfalls({"graph_breaks": 0, "recompiled": 2})[0]
     assert reference.shortfalls({}) == []
+
+
+def test_the_compiled_engine_takes_no_model_that_it_does_not_know(tmp_path: Path) -> None:
+    plan = make_plan(JobSpec(engine="compiled"), None, [Device("cuda", 0, "GPU", 0, ("compiled",), 9.0)])
+    assert plan is not None
+    model = ResolvedModel("a/gemma", tmp_path, config={"model_type": "gemma2"})
+    with pytest.raises(JobFailure, match="does not know models of the type gemma2") as failed:
+        compiled.load_model(JobSpec(engine="compiled"), plan, model)
+    assert failed.value.code == FailureCode.MODEL_UNAVAILABLE
