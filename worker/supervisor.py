@@ -111,9 +111,10 @@ class Supervisor:
                 self._wake.wait(timeout=self._pause())
                 self._wake.clear()
         finally:
+            # First of all: who has a grace time spends it from now on.
+            self._hand_back_all()
             self._listener.stop()
             self._usage.stop()
-            self._hand_back_all()
             self._sweeper.join(KILLED_SECONDS)
 
     def stop(self) -> None:
