@@ -10,7 +10,7 @@ from shared.cost import CONTEXT, GIB, MARGIN, least_weight_bytes, memory_needed,
 from shared.device import BF16_CAPABILITY, FP8_CAPABILITY, Device
 from shared.errors import InvalidRequest
 from shared.models import ModelInfo
-from shared.planner import COMPILED_ARCHITECTURES, Candidate, candidates
+from shared.planner import Candidate, candidates, not_taken
 from shared.savings import Saving, savings
 from shared.spec import JobSpec
 
@@ -111,13 +111,8 @@ def _why_not_installed(spec: JobSpec, gpus: Sequence[Device]) -> tuple[str, str]
 
 def _why_not_known(spec: JobSpec, model: ModelInfo) -> tuple[str, str] | None:
     engine, field, words = _engine(spec)
-    shape = model.shape
-    if engine != "compiled" or shape is None or shape.model_type in COMPILED_ARCHITECTURES:
-        return None
-    return field, (
-        f"{words} does not know models of the type {shape.model_type}. It knows: "
-        f"{', '.join(sorted(COMPILED_ARCHITECTURES))}. Leave it on auto."
-    )
+    said = not_taken(engine, model.shape.model_type) if model.shape else None
+    return (field, f"{words} {said} Leave it on auto.") if said else None
 
 
 def _why_not_able(spec: JobSpec, boxes: Boxes) -> tuple[str, str] | None:

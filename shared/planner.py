@@ -18,6 +18,15 @@ from shared.spec import JobSpec
 
 # What the compiled engine knows how to compile and to attend with.
 COMPILED_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# What Unsloth has attention of its own for that keeps packed documents apart by their lengths, under a head
+# that is a plain product. All other types run as transformers has them, patched and compiled, where that
+# depends on the type; for gemma2 its attention knows no documents, and the head isn't plain (decision 0018).
+UNSLOTH_ARCHITECTURES = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
+# The engines that take some types of models alone.
+ARCHITECTURES: dict[str, frozenset[str]] = {
+    "compiled": COMPILED_ARCHITECTURES,
+    "unsloth": UNSLOTH_ARCHITECTURES,
+}
 # On a CPU: above so many tokens in one micro-batch, activations are recomputed rather than kept.
 CPU_CHECKPOINTING_TOKENS = 2048
 # Larger micro-batches help nobody, and kernels count in 32 bits.
@@ -150,6 +159,15 @@ def candidates(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device
     ]
 
 
+def not_taken(engine: str, model_type: str) -> str | None:
+    """What to say after the name of an engine that doesn't take models of this type; None where it does."""
+    known = ARCHITECTURES.get(engine)
+    if known is None or model_type in known:
+        return None
+    does_not = "is not known to keep packed documents apart in" if engine == "unsloth" else "does not know"
+    return f"{does_not} models of the type {model_type}. It takes: {', '.join(sorted(known))}."
+
+
 def way_of(plan: Plan) -> Way:
     """The way that a plan describes."""
     return Way(
@@ -232,17 +250,20 @@ def _weights(
 ) -> list[tuple[Quantization, Precision]]:
     """How this engine may hold the base weights on this GPU."""
     found: list[tuple[Quantization, Precision]] = []
+    # Float8 is the compiled engine's alone.
+    named = spec.engine == engine or (engine == "compiled" and spec.precision == "fp8")
+    if engine in ARCHITECTURES:
+        # A type that nobody knows here may be one that it takes: whoever names it finds out.
+        known = named if shape is None else not_taken(engine, shape.model_type) is None
+        if not known:
+            return []
     if engine == "reference":
         found.append(("none", "fp32" if spec.precision == "fp32" or not device.bf16 else "bf16"))
     elif engine == "compiled":
-        # Float8 is this engine's alone.
-        named = spec.engine == "compiled" or spec.precision == "fp8"
-        # A type that nobody knows here may be one that it knows: whoever names it finds out.
-        known = named if shape is None else shape.model_type in COMPILED_ARCHITECTURES
         # It pads each micro-batch to its full size, which costs most where rows aren't packed.
         wanted = spec.packing or named
         # Float8 rounds the weights, so it is for those who name it.
-        if device.bf16 and known and wanted:
+        if device.bf16 and wanted:
             found.append(("none", "fp8" if spec.precision == "fp8" and device.fp8 else "bf16"))
     elif device.bf16:
         found.append(("none", "bf16"))
@@ -275,11 +296,14 @@ def _choose(spec: JobSpec, found: list[Candidate]) -> Candidate | None:
     return _best(on_gpu)
 
 
-def _care(way: Way, spec: JobSpec) -> tuple[bool, bool, bool, int]:
-    """For a model of unknown size: as the least memory is had, at the batch that the spec states."""
-    unsloth = way.engine == "unsloth"
+def _care(way: Way, spec: JobSpec) -> tuple[bool, bool, int]:
+    """For a model of unknown size: as the least memory is had, at the batch that the spec states.
+
+    Not in 4 bits but where Unsloth is named: the reference is slower in them, and gets them when it ran out.
+    """
+    four_bit = way.engine == "unsloth"
     stated = abs(way.micro_batch - spec.training.per_device_train_batch_size)
-    return not unsloth, (way.quantization == "4bit") != unsloth, way.checkpointing != "all", stated
+    return (way.quantization == "4bit") != four_bit, way.checkpointing != "all", stated
 
 
 def _best(found: list[Candidate]) -> Candidate:

@@ -64,11 +64,27 @@ def test_what_no_device_can_run_is_refused_with_what_would_do(
     check_runnable(spec_of(**fields), NANO, [[device], [H100]])
 
 
-@pytest.mark.parametrize("fields", [{"engine": "compiled"}, {"precision": "fp8"}])
-def test_the_compiled_engine_refuses_what_it_does_not_know(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"engine": "compiled"}, "engine", "compiled does not know models of the type gemma2"),
+        ({"precision": "fp8"}, "precision", "fp8 is the compiled engine's, which does not know"),
+        (
+            {"engine": "unsloth"},
+            "engine",
+            "unsloth is not known to keep packed documents apart in models of the type gemma2. It takes: "
+            "gemma, llama, mistral, qwen2, qwen3. Leave it on auto.",
+        ),
+        ({"engine": "unsloth", "packing": False}, "engine", "models of the type gemma2"),
+    ],
+)
+def test_an_engine_refuses_types_of_models_that_it_does_not_take(
+    fields: dict[str, Any], param: str, said: str
+) -> None:
     odd = ModelShape.from_json(NEMOTRON_NANO_4B.to_json() | {"model_type": "gemma2"})
-    with pytest.raises(InvalidRequest, match="gemma2"):
-        check_runnable(spec_of(**fields), ModelInfo("a/b", "hub", shape=odd), [[H100]])
+    refused = refusal(fields, ModelInfo("a/b", "hub", shape=odd), [H100])
+    assert (refused.error_code, refused.param) == ("not_available_here", param)
+    assert said in refused.message
 
 
 def test_a_refusal_tells_what_plans_fill_and_what_would_be_enough() -> None:

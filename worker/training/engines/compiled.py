@@ -10,12 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from shared.plan import Plan
-from shared.planner import COMPILED_ARCHITECTURES
 from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
-from worker.training.engines.adapters import add_adapter, checkpoint_layers, checkpointed, decoder_layers
+from worker.training.engines.adapters import (
+    add_adapter,
+    check_type,
+    checkpoint_layers,
+    checkpointed,
+    decoder_layers,
+)
 from worker.training.engines.reference import load_base
-from worker.training.models import ResolvedModel, unavailable
+from worker.training.models import ResolvedModel
 
 ATTENTION = "packed_varlen"
 # Documents of a batch are filled up to a multiple of this.
@@ -34,14 +39,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         JobFailure: `model_unavailable`: a type of model that the engine does not know, weights that can't be
             read, or target modules that the model lacks.
     """
-    kind = model.config.get("model_type")
-    if kind not in COMPILED_ARCHITECTURES:
-        # Where the config could not be read when the job was posted nobody could say so.
-        unavailable(
-            f"The compiled engine does not know models of the type {kind}, as {model.id} is one. It knows: "
-            f"{', '.join(sorted(COMPILED_ARCHITECTURES))}.",
-            "Leave engine and precision on auto.",
-        )
+    check_type("compiled", model)
     import torch
 
     from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention

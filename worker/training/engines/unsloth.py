@@ -10,6 +10,7 @@ from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import (
     check_target_modules,
+    check_type,
     decoder_layers,
     start_adapter,
 )
@@ -29,8 +30,10 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         a `peft.PeftModel`.
 
     Raises:
-        JobFailure: `model_unavailable`: weights that can't be read, or target modules that the model lacks.
+        JobFailure: `model_unavailable`: a type of model that Unsloth has no attention of its own for, weights
+            that can't be read, or target modules that the model lacks.
     """
+    check_type("unsloth", model)
     import torch
     from unsloth import FastLanguageModel
 
@@ -48,7 +51,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         unavailable(
             f"Unsloth can't load the weights of {model.id}: {error}",
-            "Set engine to reference or compiled, or choose another model.",
+            "Leave engine on auto, set it to reference, or choose another model.",
             error,
         )
     check_target_modules(spec, base)
@@ -86,17 +89,24 @@ def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:  # noqa: ARG001 - eve
 def read_back(trainer: Any) -> dict[str, Any]:
     """What really ran, of this engine: `fused_layers` have Unsloth's own LoRA kernels.
 
-    Unsloth takes back its checkpointing when training ends: what it did shows in how often a layer ran.
+    `own_attention` is whether it put its attention in, else transformers' ran, as the config names it. Its
+    checkpointing Unsloth takes back when training ends: what it did shows in how often a layer ran.
     """
     from unsloth.utils import attention_dispatch
 
-    layers = decoder_layers(trainer.model.get_base_model())
+    base = trainer.model.get_base_model()
+    layers = decoder_layers(base)
+    own = all(map(_attends, layers))
     packed = isinstance(trainer.data_collator, FlatCollator)
-    attention = attention_dispatch.select_attention_backend(use_varlen=packed)
-    # torch's own is behind "sdpa"; the others have kernels of variable length themselves.
-    varlen = attention != "sdpa" or attention_dispatch._TORCH_VARLEN_ATTN is not None
+    attention = base.config._attn_implementation
+    varlen = False
+    if own:
+        attention = attention_dispatch.select_attention_backend(use_varlen=packed)
+        # torch's own is behind "sdpa"; the others have kernels of variable length themselves.
+        varlen = attention != "sdpa" or attention_dispatch._TORCH_VARLEN_ATTN is not None
     return {
         "attention": attention,
+        "own_attention": own,
         "variable_length": varlen,
         "gradient_checkpointing": "all"
         if trainer.layer_calls["layer"] > trainer.layer_calls["model"]
@@ -109,7 +119,14 @@ def read_back(trainer: Any) -> dict[str, Any]:
 def shortfalls(used: dict[str, Any]) -> list[str]:
     """What the job's log warns of, given what `read_back` found."""
     found = []
-    if used["packing"] and not used["variable_length"]:
+    if not used["own_attention"]:
+        found.append(
+            f"Unsloth left attention to transformers ({used['attention']}): nobody has shown that packed "
+            "documents are kept apart then. Train with another engine."
+            if used["packing"]
+            else f"Unsloth left attention to transformers ({used['attention']}): it was no faster for it."
+        )
+    elif used["packing"] and not used["variable_length"]:
         found.append(
             "Unsloth found no attention of variable length in this torch: it attended document by document, "
             "at about half the speed."
@@ -122,9 +139,14 @@ def shortfalls(used: dict[str, Any]) -> list[str]:
     return found
 
 
+def _attends(layer: Any) -> bool:
+    """Whether Unsloth put in its attention, which it does class by class."""
+    forward = getattr(type(getattr(layer, "self_attn", None)), "forward", None)
+    return str(getattr(forward, "__module__", "")).partition(".")[0] == "unsloth"
+
+
 def _is_fused(layer: Any) -> bool:
-    """Whether Unsloth put its own LoRA kernel in; the attention of models that it has none for is
-    transformers'."""
+    """Whether Unsloth put its own LoRA kernel in."""
     attention = getattr(layer, "self_attn", None)
     return "lora" in getattr(getattr(attention, "apply_qkv", None), "__name__", "")
 

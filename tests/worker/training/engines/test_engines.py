@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from shared.device import Device
 from shared.errors import JobFailure
 from shared.lifecycle import FailureCode
+from shared.plan import EngineName
 from shared.planner import make_plan
 from shared.spec import JobSpec
 from worker.training.engines import compiled, reference, unsloth
@@ -55,21 +57,45 @@ def test_unsloth_is_imported_before_all_that_it_changes(tmp_path: Path) -> None:
 
 
 def test_what_fell_back_is_said() -> None:
-    whole = {"packing": True, "variable_length": True, "layers": 32, "fused_layers": 32}
+    whole = {
+        "packing": True,
+        "own_attention": True,
+        "attention": "sdpa",
+        "variable_length": True,
+        "layers": 32,
+        "fused_layers": 32,
+    }
     assert unsloth.shortfalls(whole) == []
     assert "half the speed" in unsloth.shortfalls(whole | {"variable_length": False})[0]
     assert unsloth.shortfalls(whole | {"variable_length": False, "packing": False}) == []
     assert "30 of 32 layers" in unsloth.shortfalls(whole | {"fused_layers": 30})[0]
+    foreign = whole | {"own_attention": False, "variable_length": False}
+    assert unsloth.shortfalls(foreign)[0].startswith(
+        "Unsloth left attention to transformers (sdpa): nobody has"
+    )
+    assert "no faster" in unsloth.shortfalls(foreign | {"packing": False})[0]
     assert compiled.shortfalls({"graph_breaks": 0, "recompiled": 0}) == []
     assert "3 places" in compiled.shortfalls({"graph_breaks": 3, "recompiled": 0})[0]
     assert "2 graphs" in compiled.shortfalls({"graph_breaks": 0, "recompiled": 2})[0]
     assert reference.shortfalls({}) == []
 
 
-def test_the_compiled_engine_takes_no_model_that_it_does_not_know(tmp_path: Path) -> None:
-    plan = make_plan(JobSpec(engine="compiled"), None, [Device("cuda", 0, "GPU", 0, ("compiled",), 9.0)])
+@pytest.mark.parametrize(
+    ("engine", "module", "said"),
+    [
+        ("compiled", compiled, "does not know models of the type gemma2"),
+        ("unsloth", unsloth, "keep packed documents apart in models of the type gemma2"),
+    ],
+)
+def test_an_engine_takes_no_model_of_a_type_that_it_does_not_know(
+    engine: EngineName, module: ModuleType, said: str, tmp_path: Path
+) -> None:
+    spec = JobSpec(engine=engine)
+    plan = make_plan(spec, None, [Device("cuda", 0, "GPU", 0, (engine,), 9.0)])
     assert plan is not None
     model = ResolvedModel("a/gemma", tmp_path, config={"model_type": "gemma2"})
-    with pytest.raises(JobFailure, match="does not know models of the type gemma2") as failed:
-        compiled.load_model(JobSpec(engine="compiled"), plan, model)
+    # Before a weight is read: neither the files nor Unsloth are there.
+    with pytest.raises(JobFailure, match=said) as failed:
+        module.load_model(spec, plan, model)
     assert failed.value.code == FailureCode.MODEL_UNAVAILABLE
+    assert failed.value.advice == "Leave engine and precision on auto."

@@ -61,7 +61,7 @@ def package(name: str, **content: Any) -> ModuleType:
 
 
 def model_of(folder: Path) -> ResolvedModel:
-    return ResolvedModel(id="local/tiny", path=folder)
+    return ResolvedModel(id="local/tiny", path=folder, config={"model_type": "llama"})
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,21 @@ def backends(varlen: Callable[..., Any] | None, packed: str, padded: str) -> Mod
 
 
 @pytest.mark.parametrize(
-    ("varlen", "packing", "attention", "variable_length"),
+    ("own", "varlen", "packing", "attention", "variable_length"),
     [
-        (print, True, "sdpa", True),
-        (None, True, "xformers", True),
-        (None, True, "sdpa", False),
-        (print, False, "flash_dense", True),
+        (True, print, True, "sdpa", True),
+        (True, None, True, "xformers", True),
+        (True, None, True, "sdpa", False),
+        (True, print, False, "flash_dense", True),
+        # Whatever kernels Unsloth has, transformers' attention ran.
+        (False, print, True, "flash_varlen", False),
+        (False, print, False, "flash_dense", False),
     ],
 )
 def test_what_ran_is_read_back(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
+    own: bool,
     varlen: Callable[..., Any] | None,
     packing: bool,
     attention: str,
@@ -139,8 +143,15 @@ def test_what_ran_is_read_back(
         monkeypatch.setitem(sys.modules, name, module)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
 
+    def fast_forward() -> None:
+        """Known by its module."""
+
     def apply_lora_qkv() -> None:
         """By its name."""
+
+    if own:
+        fast_forward.__module__ = "unsloth.models.llama"
+        monkeypatch.setattr(type(base.model.layers[0].self_attn), "forward", fast_forward)
 
     # The second layer is as transformers has it.
     base.model.layers[0].self_attn.apply_qkv = apply_lora_qkv
@@ -151,7 +162,8 @@ def test_what_ran_is_read_back(
     )
     found = unsloth.read_back(trainer)
     assert found == {
-        "attention": attention,
+        "attention": attention if own else "sdpa",
+        "own_attention": own,
         "variable_length": variable_length,
         "gradient_checkpointing": "all",
         "layers": 2,
@@ -159,4 +171,5 @@ def test_what_ran_is_read_back(
     }
     said = unsloth.shortfalls(found | {"packing": packing})
     assert "1 of 2 layers" in said[-1]
-    assert (len(said) == 2) is (packing and not variable_length)
+    assert (len(said) == 2) is (not own or (packing and not variable_length))
+    assert ("left attention to transformers (sdpa)" in said[0]) is not own
