@@ -27,18 +27,27 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     device = "cuda:0" if plan.device == "cuda" else "cpu"
     base = load_base(model, dtype, device=device, four_bit=plan.quantization == "4bit")
+    if scaling := getattr(base.config, "logits_scaling", None):
+        # Granite divides its logits. The loss over chunks knows that as a factor, by another name.
+        base.config.logit_scale = 1 / scaling
     checkpoint_layers(base, plan)
     return add_adapter(spec, base)
 
 
 def load_base(
-    model: ResolvedModel, dtype: Any, *, device: str = "cpu", four_bit: bool = False, attention: str = "sdpa"
+    model: ResolvedModel,
+    dtype: Any,
+    *,
+    device: str = "cpu",
+    four_bit: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """The bare model, its safetensors read straight onto the device.
 
     Args:
         dtype: a torch dtype, or "auto" for the one that the weights are stored in.
-        attention: the name of an implementation that transformers knows or was told of.
+        attention: the name of an implementation that transformers knows or was told of; None: sdpa, or
+            eager for a type that has no sdpa.
 
     Raises:
         JobFailure: `model_unavailable`.
@@ -75,7 +84,14 @@ def load_base(
 
 
 def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:
-    """Nothing: TRL computes the loss of this engine."""
+    """TRL computes the loss of this engine; whether it is right for this model is tried out.
+
+    Raises:
+        JobFailure: `model_unavailable`: it isn't, or packed documents would see each other.
+    """
+    from worker.training.engines.checks import check_model
+
+    check_model(trainer, spec, plan)
 
 
 def read_back(trainer: Any) -> dict[str, Any]:
