@@ -111,7 +111,7 @@ def _why_not_installed(spec: JobSpec, gpus: Sequence[Device]) -> tuple[str, str]
 
 def _why_not_known(spec: JobSpec, model: ModelInfo) -> tuple[str, str] | None:
     engine, field, words = _engine(spec)
-    said = not_taken(engine, model.shape.model_type) if model.shape else None
+    said = not_taken(engine, model.shape.kind) if model.shape else None
     return (field, f"{words} {said} Leave it on auto.") if said else None
 
 

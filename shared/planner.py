@@ -13,7 +13,7 @@ from itertools import groupby, product
 from shared.cost import ENGINES, GIB, Way, fits, memory_needed, memory_usable, peak_bytes, tokens_per_second
 from shared.device import Device
 from shared.plan import EngineName, Plan, Precision, Quantization
-from shared.shape import NEMOTRON_NANO_4B, ModelShape
+from shared.shape import NEMOTRON_NANO_4B, ModelKind, ModelShape
 from shared.spec import JobSpec
 
 # What the compiled engine knows how to compile and to attend with.
@@ -159,13 +159,19 @@ def candidates(spec: JobSpec, shape: ModelShape | None, devices: Sequence[Device
     ]
 
 
-def not_taken(engine: str, model_type: str) -> str | None:
-    """What to say after the name of an engine that doesn't take models of this type; None where it does."""
+def not_taken(engine: str, model: ModelKind) -> str | None:
+    """What to say after the name of an engine that doesn't take models of this kind; None where it does."""
     known = ARCHITECTURES.get(engine)
-    if known is None or model_type in known:
-        return None
-    does_not = "is not known to keep packed documents apart in" if engine == "unsloth" else "does not know"
-    return f"{does_not} models of the type {model_type}. It takes: {', '.join(sorted(known))}."
+    if known is not None and model.model_type not in known:
+        does_not = (
+            "is not known to keep packed documents apart in" if engine == "unsloth" else "does not know"
+        )
+        return f"{does_not} models of the type {model.model_type}. It takes: {', '.join(sorted(known))}."
+    if engine == "compiled" and model.attention_dropout:
+        return "attends without dropout, and this model's config asks for it (attention_dropout)."
+    if engine == "compiled" and model.quantized:
+        return "takes plain weights, and this model's are stored quantised (quantization_config)."
+    return None
 
 
 def way_of(plan: Plan) -> Way:
@@ -254,7 +260,7 @@ def _weights(
     named = spec.engine == engine or (engine == "compiled" and spec.precision == "fp8")
     if engine in ARCHITECTURES:
         # A type that nobody knows here may be one that it takes: whoever names it finds out.
-        known = named if shape is None else not_taken(engine, shape.model_type) is None
+        known = named if shape is None else not_taken(engine, shape.kind) is None
         if not known:
             return []
     if engine == "reference":

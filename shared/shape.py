@@ -13,11 +13,32 @@ MAX_SIZE = 100_000_000
 
 
 @dataclass(frozen=True)
+class ModelKind:
+    """What of a model's config decides which engines can train it.
+
+    `attention_dropout`: attention drops some of its weights in training; `quantized`: the files hold other
+    weights than plain numbers of 16 or 32 bits.
+    """
+
+    model_type: str
+    attention_dropout: bool = False
+    quantized: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(
+            str(config.get("model_type")),
+            bool(config.get("attention_dropout")),
+            bool(config.get("quantization_config")),
+        )
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder with gated MLPs, as its config.json has them.
 
     `model_type` is transformers' name of the architecture (`llama`, `qwen2`, …); `tied`: the output head
-    shares the embeddings' weights.
+    shares the embeddings' weights; `attention_dropout` and `quantized` are those of `ModelKind`.
     """
 
     model_type: str
@@ -30,6 +51,8 @@ class ModelShape:
     vocab: int
     tied: bool
     context_length: int | None = None
+    attention_dropout: bool = False
+    quantized: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
@@ -52,12 +75,15 @@ class ModelShape:
         if not is_size(head_dim):
             return None
         context = config.get("max_position_embeddings")
+        kind = ModelKind.from_config(config)
         return cls(
-            model_type=config["model_type"],
+            model_type=kind.model_type,
             head_dim=head_dim,
             # What the architectures' own defaults are where the file says nothing.
             tied=config.get("tie_word_embeddings", config["model_type"].startswith("gemma")) is True,
             context_length=context if is_size(context) else None,
+            attention_dropout=kind.attention_dropout,
+            quantized=kind.quantized,
             **sizes,
         )
 
@@ -67,6 +93,10 @@ class ModelShape:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @cached_property
+    def kind(self) -> ModelKind:
+        return ModelKind(self.model_type, self.attention_dropout, self.quantized)
 
     @cached_property
     def queries(self) -> int:

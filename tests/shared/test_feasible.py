@@ -13,7 +13,7 @@ from shared.errors import InvalidRequest
 from shared.feasible import check_runnable
 from shared.models import ModelInfo
 from shared.shape import NEMOTRON_NANO_4B, ModelShape
-from tests.shared.test_planner import CPU, H100, NANO, gpu, spec_of
+from tests.shared.test_planner import CPU, H100, NANO, gpu, planned, spec_of
 
 A100 = gpu(80, "NVIDIA A100-SXM4-80GB", capability=8.0)
 V100 = gpu(32, "Tesla V100-SXM2-32GB", capability=7.0)
@@ -85,6 +85,22 @@ def test_an_engine_refuses_types_of_models_that_it_does_not_take(
     refused = refusal(fields, ModelInfo("a/b", "hub", shape=odd), [H100])
     assert (refused.error_code, refused.param) == ("not_available_here", param)
     assert said in refused.message
+
+
+@pytest.mark.parametrize("fields", [{"engine": "compiled"}, {"precision": "fp8"}])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"attention_dropout": True}, "(attention_dropout)"), ({"quantized": True}, "are stored quantised")],
+)
+def test_the_compiled_engine_refuses_what_its_layers_do_not_do(
+    fields: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    odd = ModelShape.from_json(NEMOTRON_NANO_4B.to_json() | changes)
+    refused = refusal(fields, ModelInfo("a/b", "hub", shape=odd), [H100])
+    assert (refused.error_code, refused.param) == ("not_available_here", next(iter(fields)))
+    assert said in refused.message
+    assert planned(spec_of(), H100).engine == "compiled"
+    assert planned(spec_of(), H100, odd).engine == "unsloth"
 
 
 def test_a_refusal_tells_what_plans_fill_and_what_would_be_enough() -> None:

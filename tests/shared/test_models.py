@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,12 @@ def test_a_config_tells_a_models_size() -> None:
     # The published model counts 494,032,768 with the biases of its queries, keys and values.
     assert shape.parameters == pytest.approx(494_032_768, rel=1e-3)
     assert (shape.head_dim, shape.keys, shape.context_length) == (64, 128, 32768)
+    assert not shape.attention_dropout
+    assert not shape.quantized
+    odd = ModelShape.from_config(
+        QWEN | {"attention_dropout": 0.1, "quantization_config": {"quant_method": "fp8"}}
+    )
+    assert odd == replace(shape, attention_dropout=True, quantized=True)
     assert ModelShape.from_json(shape.to_json()) == shape
     assert NEMOTRON_NANO_4B.parameters == 4_512_746_496
     assert NEMOTRON_NANO_4B.adapter_parameters(16, NEMOTRON_NANO_4B.linears) == 30_408_704

@@ -17,8 +17,8 @@ IGNORED = -100
 class FlatCollator:
     """Joins the documents of a micro-batch's rows into one sequence, as variable-length attention reads it.
 
-    Position ids start again with each document, whose first token is never predicted. `num_tokens` counts
-    real tokens.
+    Position ids start again with each document, whose first token is never predicted, and are 0 in what is
+    filled in. `num_tokens` counts real tokens.
 
     Args:
         pad_to: fill the sequence to this many tokens, with documents that nothing is learnt from.
@@ -52,6 +52,8 @@ class FlatCollator:
         starts = ends - lengths
         labels[starts] = IGNORED
         positions = np.arange(len(ids)) - starts.repeat(lengths)
+        # RoPE that is scaled by the longest document must see none that is not there.
+        positions[real:] = 0
         batch = {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
         if self.boundaries:
             batch |= self._boundaries(ends, labels)

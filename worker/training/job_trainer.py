@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
 from shared.errors import JobStopped
-from worker.training.collate import IGNORED, FlatCollator
+from worker.training.collate import IGNORED
 from worker.training.failures import is_full, out_of_disk
 from worker.training.optimizer import AdamW8bit
 
@@ -104,6 +104,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     put_off_evaluation: Callable[[], bool]
     # How many of the rows, the last ones, only fill up batches.
     fill = 0
+    # Whether a row may hold several documents.
+    packed = True
     # Right and learnt tokens since the last log, and all tokens, on the device: reading them waits for it.
     counts: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -144,7 +146,8 @@ class JobTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        batch = 1 if isinstance(self.data_collator, FlatCollator) else step
+        # By the rows, not by the collator: an engine may join single documents, and has the same order.
+        batch = 1 if self.packed else step
         return RowOrder(len(rows) - self.fill, self.args.data_seed, batch, self.fill)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002 - transformers gives more

@@ -207,7 +207,7 @@ def make_trainer(
         data_collator=(FlatCollator if spec.packing else PaddedCollator)(tokenizer.pad_token_id),
         callbacks=callbacks,
     )
-    trainer.fill = fill
+    trainer.fill, trainer.packed = fill, spec.packing
     remember_mode(trainer.model)
     # It prints each log line to stdout, which belongs to whoever runs the job.
     trainer.remove_callback(transformers.PrinterCallback)
@@ -317,7 +317,7 @@ def _what_ran(plan: Plan, trainer: Any, callback: Any, memory_before: int) -> di
         "gpus": plan.gpus,
         "device": str(frozen.device),
         "dtype": str(frozen.dtype).removeprefix("torch."),
-        "packing": isinstance(trainer.data_collator, FlatCollator),
+        "packing": trainer.packed and isinstance(trainer.data_collator, FlatCollator),
         **engine_of(plan).read_back(trainer),
         "peak_memory_bytes": max(memory_before, peak_memory_bytes(plan)),
         "tokens": callback.speed.tokens,

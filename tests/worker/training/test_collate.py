@@ -36,14 +36,15 @@ def test_filled_batches_have_one_shape_and_learn_nothing_more() -> None:
     collate = FlatCollator(0, pad_to=12, longest=4, documents=6, boundaries=True)
     full, short = collate(ROWS), collate(ROWS[:1])
     assert full["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 0, 0, 0, 0]]
-    assert full["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 3]]
+    assert full["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 0, 0, 0]]
     assert full["cu_seqlens"].tolist() == [0, 3, 5, 8, 12, 12, 12]
     assert full["num_tokens"].item() == 8
     assert full["kept"].tolist() == [0, 3, 5, 6]
     for name in ("input_ids", "position_ids", "labels", "cu_seqlens"):
         assert short[name].shape == full[name].shape
     assert short["targets"].tolist() == [6, 9]
-    # What is filled in is no longer than the longest document.
+    # What is filled in is no longer than the longest document, and its positions make none longer.
+    assert short["position_ids"].max().item() == 2
     assert short["cu_seqlens"].tolist() == [0, 3, 5, 9, 12, 12, 12]
 
 

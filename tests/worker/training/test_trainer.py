@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,9 +17,10 @@ import trl
 from shared.events import MemorySink
 from tests.worker.training.samples import Running, conversations, make_spec, plan_for, write_rows
 from worker.training.data import PreparedData, prepare_data
+from worker.training.engines.layers import fuse_adapters
 from worker.training.engines.reference import load_model
 from worker.training.models import ResolvedModel, load_tokenizer, settle_tokenizer
-from worker.training.trainer import make_trainer, sft_config, total_steps
+from worker.training.trainer import _what_ran, make_trainer, sft_config, total_steps
 
 pytestmark = pytest.mark.train
 
@@ -101,6 +103,32 @@ def test_the_loss_is_of_the_assistants_tokens_alone(
 
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_engine_trains_on_the_rows_in_one_order(
+    model: ResolvedModel, tmp_path: Path, packing: bool
+) -> None:
+    """Also the one that joins the single documents of a micro-batch rather than padding them."""
+    spec = make_spec({"gradient_accumulation_steps": 2}, packing=packing)
+    tokenizer = load_tokenizer(model)
+    rows = write_rows(tmp_path / "rows.jsonl", conversations(50 if packing else 12))
+    data = prepare_data(spec, rows, tokenizer, MemorySink(), Running(), 2048)
+    settle_tokenizer(tokenizer, data.chat_template, data.stop_token)
+    orders = []
+    for engine in ("reference", "compiled"):
+        plan = plan_for(spec, engine=engine)
+        trainer = make_trainer(
+            spec, plan, load_model(spec, plan, model), tokenizer, data, 4, tmp_path / engine, []
+        )
+        order = trainer._get_train_sampler()
+        order.set_epoch(1)
+        orders.append(list(order))
+    fuse_adapters(trainer.model)
+    speed = SimpleNamespace(tokens=0, mean=lambda: None, seconds=lambda: 0.0)
+    assert _what_ran(plan, trainer, SimpleNamespace(speed=speed), 0)["packing"] is packing
+    assert len(orders[0]) > 4
+    assert orders[0] == orders[1] != sorted(orders[0])
 
 
 def test_a_loss_over_packed_rows_is_the_mean_over_trained_tokens(

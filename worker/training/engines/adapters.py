@@ -9,20 +9,24 @@ from shared.errors import JobFailure
 from shared.lifecycle import FailureCode
 from shared.plan import EngineName, Plan
 from shared.planner import not_taken
+from shared.shape import ModelKind
 from shared.spec import JobSpec
 from worker.training.models import ResolvedModel, unavailable
 
 
-def check_type(engine: EngineName, model: ResolvedModel) -> None:
-    """A model must be of a type that the engine takes.
+def check_kind(engine: EngineName, model: ResolvedModel) -> None:
+    """A model must be of a kind that the engine takes.
 
     Where the config could not be read when the job was posted nobody could say so.
 
     Raises:
-        JobFailure: `model_unavailable`, with the types that it takes.
+        JobFailure: `model_unavailable`, with what it does not take.
     """
-    if said := not_taken(engine, str(model.config.get("model_type"))):
-        unavailable(f"The {engine} engine {said} {model.id} is none.", "Leave engine and precision on auto.")
+    if said := not_taken(engine, ModelKind.from_config(model.config)):
+        unavailable(
+            f"{model.id} can't be trained with the {engine} engine, which {said}",
+            "Leave engine and precision on auto.",
+        )
 
 
 def add_adapter(spec: JobSpec, base: Any) -> Any:

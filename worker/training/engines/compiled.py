@@ -14,7 +14,7 @@ from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import (
     add_adapter,
-    check_type,
+    check_kind,
     checkpoint_layers,
     checkpointed,
     decoder_layers,
@@ -25,6 +25,8 @@ from worker.training.models import ResolvedModel
 ATTENTION = "packed_varlen"
 # Documents of a batch are filled up to a multiple of this.
 DOCUMENTS = 8
+# Of one layer: training, where its input needs no gradient and where it does, and evaluation.
+GRAPHS = 3
 # Tokens that one block of the attention kernel takes.
 TILE = 128
 
@@ -36,10 +38,10 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         a `peft.PeftModel`.
 
     Raises:
-        JobFailure: `model_unavailable`: a type of model that the engine does not know, weights that can't be
-            read, or target modules that the model lacks.
+        JobFailure: `model_unavailable`: a model that is none for this engine, weights that can't be read, or
+            target modules that the model lacks.
     """
-    check_type("compiled", model)
+    check_kind("compiled", model)
     import torch
 
     from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention
@@ -51,10 +53,21 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
     fuse_adapters(adapted)
     if plan.precision == "fp8":
         quantize_rows(adapted)
-    for layer in decoder_layers(base):
-        # One graph a layer, or an error: a break would cost speed silently.
-        layer.compile(dynamic=False, fullgraph=True)
+    compile_layers(decoder_layers(base))
     return adapted
+
+
+def compile_layers(layers: list[Any], backend: str = "inductor") -> None:
+    """Each layer in one graph, or an error: a break would cost speed silently.
+
+    Like layers share one. Target modules may be named layer by layer, and then no two need be alike.
+    """
+    import torch
+
+    limit = max(torch._dynamo.config.recompile_limit, GRAPHS * len(layers))
+    torch._dynamo.config.recompile_limit = limit
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=False, fullgraph=True)
 
 
 def wire(trainer: Any, spec: JobSpec, plan: Plan) -> None:

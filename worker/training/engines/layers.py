@@ -57,6 +57,10 @@ def packed_attention(
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     # A view of the group's product would keep all of that in memory for the backward pass.
     v = v.contiguous()
+    width = q.shape[-1]
+    if width % ALIGNED:
+        # The kernel takes no other widths; zeros add nothing to a product.
+        q, k, v = (torch.nn.functional.pad(states, (0, -width % ALIGNED)) for states in (q, k, v))
     out: Any = varlen.varlen_attn(
         q,
         k,
@@ -69,7 +73,7 @@ def packed_attention(
         window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.unsqueeze(0), None
+    return out[..., :width].unsqueeze(0), None
 
 
 class InputGroup:

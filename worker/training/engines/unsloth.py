@@ -10,7 +10,7 @@ from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import (
     check_target_modules,
-    check_type,
+    check_kind,
     decoder_layers,
     start_adapter,
 )
@@ -33,7 +33,7 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
         JobFailure: `model_unavailable`: a type of model that Unsloth has no attention of its own for, weights
             that can't be read, or target modules that the model lacks.
     """
-    check_type("unsloth", model)
+    check_kind("unsloth", model)
     import torch
     from unsloth import FastLanguageModel
 

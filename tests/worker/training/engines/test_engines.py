@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -99,3 +100,22 @@ def test_an_engine_takes_no_model_of_a_type_that_it_does_not_know(
         module.load_model(spec, plan, model)
     assert failed.value.code == FailureCode.MODEL_UNAVAILABLE
     assert failed.value.advice == "Leave engine and precision on auto."
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"attention_dropout": 0.1}, "(attention_dropout)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored quantised"),
+    ],
+)
+def test_the_compiled_engine_takes_no_model_that_asks_for_what_it_does_not_do(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    spec = JobSpec(engine="compiled")
+    plan = make_plan(spec, None, [Device("cuda", 0, "GPU", 0, ("compiled",), 9.0)])
+    assert plan is not None
+    model = ResolvedModel("a/b", tmp_path, config={"model_type": "llama"} | config)
+    with pytest.raises(JobFailure) as failed:
+        compiled.load_model(spec, plan, model)
+    assert said in failed.value.message

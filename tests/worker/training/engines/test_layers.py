@@ -17,6 +17,7 @@ from tests.gpu.float8 import round_products
 from worker.training.collate import FlatCollator
 from worker.training.engines import layers
 from worker.training.engines.adapters import decoder_layers
+from worker.training.engines.compiled import compile_layers
 from worker.training.engines.layers import (
     fuse_adapters,
     quantize_rows,
@@ -31,7 +32,9 @@ pytestmark = pytest.mark.train
 ROW = {"input_ids": list(range(20, 50)), "labels": list(range(20, 50)), "seq_lengths": [12, 18]}
 
 
-def adapted(source: Path | Any, dropout: float, attention: str = "sdpa") -> Any:
+def adapted(
+    source: Path | Any, dropout: float, attention: str = "sdpa", modules: list[str] | None = None
+) -> Any:
     """A model with adapters that do something: the one in a folder, or a random one of a config."""
     auto = transformers.AutoModelForCausalLM
     torch.manual_seed(0)
@@ -40,7 +43,7 @@ def adapted(source: Path | Any, dropout: float, attention: str = "sdpa") -> Any:
     else:
         base = auto.from_config(source, dtype=torch.float32, attn_implementation=attention)
     torch.manual_seed(0)
-    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    modules = modules or ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=modules)
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
@@ -50,13 +53,44 @@ def adapted(source: Path | Any, dropout: float, attention: str = "sdpa") -> Any:
     return model
 
 
+def small(architecture: str, **changes: Any) -> Any:
+    """A config of three layers."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 200,
+        "pad_token_id": 0,
+    }
+    return transformers.AutoConfig.for_model(architecture, **sizes | changes)
+
+
+def learn(model: Any) -> None:
+    """Let a fused model give its loss, as the engine does."""
+
+    def arguments(batch: dict[str, Any]) -> dict[str, Any]:
+        ready_adapters(model)
+        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": 64}
+
+    learn_through_head(model.get_base_model(), arguments)
+
+
 @pytest.fixture
 def simple_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel's arithmetic for the CPU, which has no kernel of variable length."""
 
-    def attend(q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, **__: Any) -> torch.Tensor:
-        document = torch.bucketize(torch.arange(q.shape[0]), ends[1:], right=True)
+    def attend(
+        q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, window_size: tuple[int, int], **__: Any
+    ) -> torch.Tensor:
+        assert q.shape[-1] % 8 == 0, "the kernel's own condition"
+        tokens = torch.arange(q.shape[0])
+        document = torch.bucketize(tokens, ends[1:], right=True)
         mask = (document[:, None] == document[None]).tril()
+        if window_size[0] >= 0:
+            mask = mask & (tokens[:, None] - tokens[None] <= window_size[0])
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -181,36 +215,17 @@ def test_a_layer_is_one_graph_and_batches_of_any_documents_use_it(
     architecture: str, simple_attention: None
 ) -> None:
     register_attention("packed_varlen")
-    config = transformers.AutoConfig.for_model(
-        architecture,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=200,
-        pad_token_id=0,
-    )
-    model = adapted(config, dropout=0.1, attention="packed_varlen")
+    model = adapted(small(architecture), dropout=0.1, attention="packed_varlen")
     plain = copy.deepcopy(model)
     fuse_adapters(model)
     base = model.get_base_model()
-    for layer in decoder_layers(base):
-        layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
-
-    def arguments(batch: dict[str, Any]) -> dict[str, Any]:
-        ready_adapters(model)
-        return {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": 64}
-
-    learn_through_head(base, arguments)
+    compile_layers(decoder_layers(base), backend="aot_eager")
+    learn(model)
     collate = FlatCollator(0, pad_to=64, longest=32, documents=8, boundaries=True)
     batches = [collate([ROW]), collate([ROW | {"seq_lengths": [7, 3, 20]}]), collate([ROW, ROW])]
     model.train()
     torch._dynamo.utils.counters.clear()
     for batch in batches:
-        batch.pop("num_tokens")
-        batch.pop("labels")
         model(**batch).loss.backward()
     # The first layer has a graph of its own: its input needs no gradient.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
@@ -224,6 +239,99 @@ def test_a_layer_is_one_graph_and_batches_of_any_documents_use_it(
             ).logits[0]
             expected = torch.nn.functional.cross_entropy(logits[batch["kept"]], batch["targets"])
             assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+GROWING = {"rope_theta": 10_000.0, "factor": 4.0}
+ODD = {
+    "biases, tied, a head of 20": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 20},
+    ),
+    # Documents of 12 and 18 tokens; what is filled in is longer.
+    "rope by the longest": (
+        "llama",
+        {"max_position_embeddings": 15, "rope_parameters": GROWING | {"rope_type": "dynamic"}},
+    ),
+    "rope of two kinds": (
+        "llama",
+        {
+            "rope_parameters": GROWING
+            | {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [9.0] * 8,
+                "original_max_position_embeddings": 20,
+            }
+        },
+    ),
+    "a window": ("mistral", {"sliding_window": 5}),
+    "a window in the upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "a window in some layers": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "attention_bias": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_configs_may_say_changes_losses_and_gradients_as_in_transformers(
+    name: str, simple_attention: None
+) -> None:
+    """The whole batch of the engine, filled up, against plain transformers and PEFT on what is not filler."""
+    register_attention("packed_varlen")
+    architecture, changes = ODD[name]
+    plain = adapted(small(architecture, **changes), dropout=0.0)
+    with torch.no_grad():
+        for weight_name, weight in plain.named_parameters():
+            if weight_name.endswith("bias"):
+                weight.normal_()
+            elif "layers" in weight_name:
+                # Random weights are small, and attention with them is nearly uniform.
+                weight.mul_(4)
+    model = copy.deepcopy(plain)
+    model.set_attn_implementation("packed_varlen")
+    fuse_adapters(model)
+    learn(model)
+    batch = FlatCollator(0, pad_to=64, longest=32, documents=8, boundaries=True)([ROW])
+    found = model(**batch).loss
+    found.backward()
+    ids, positions = (batch[n][:, : len(ROW["input_ids"])] for n in ("input_ids", "position_ids"))
+    logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[batch["kept"]], batch["targets"])
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for parameter_name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            off = (gradients[parameter_name] - parameter.grad).norm() / parameter.grad.norm()
+            assert off < 1e-3, parameter_name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_layers_of_which_no_two_are_alike_are_compiled_one_by_one(simple_attention: None) -> None:
+    register_attention("packed_varlen")
+    names = ["layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.2.mlp.down_proj"]
+    model = adapted(small("llama"), dropout=0.0, attention="packed_varlen", modules=names)
+    fuse_adapters(model)
+    learn(model)
+    batch = FlatCollator(0, pad_to=64, longest=32, documents=8, boundaries=True)([ROW])
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compile_layers(decoder_layers(model.get_base_model()), backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        model(**batch).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6
 
 
 def test_float8_rows_keep_two_digits_whatever_their_scale() -> None:
