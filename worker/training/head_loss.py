@@ -124,13 +124,13 @@ def _step(
     logits = (states @ weight.t()).float()
     valid = targets >= 0
     safe = targets.clamp(min=0)[:, None]
-    peak = logits.amax(dim=-1, keepdim=True)
+    peak, best = logits.max(dim=-1, keepdim=True)
     exponents = (logits - peak).exp()
     total = exponents.sum(dim=-1, keepdim=True)
     picked = logits.gather(1, safe)
     loss = ((total.log() + peak - picked)[:, 0] * valid).sum()
-    # Right where no other logit is larger.
-    correct = ((picked >= peak)[:, 0] & valid).sum()
+    # The first of the largest: in bfloat16 several often are, and not all of them would be said.
+    correct = ((best == safe)[:, 0] & valid).sum()
     summed = torch.stack([loss, correct.to(torch.float32)])
     if not learning:
         return summed, None

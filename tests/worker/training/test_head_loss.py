@@ -42,6 +42,14 @@ def test_without_gradients_none_is_computed() -> None:
     assert not loss.requires_grad
 
 
+def test_of_equal_logits_the_first_is_the_answer() -> None:
+    weight, hidden = torch.eye(4).repeat_interleave(2, dim=0), torch.eye(4)
+    kept = torch.arange(4)
+    for first, hits in ((0, 4), (1, 0)):
+        _, correct = head_loss(hidden, weight, kept, 2 * kept + first)
+        assert correct.item() == hits
+
+
 def test_a_mean_moves_no_gradient_by_the_rounding_of_its_count() -> None:
     """1/871 in bfloat16 is 0.3% off, which every gradient would be."""
     torch.manual_seed(0)
