@@ -9,8 +9,8 @@ from shared.plan import Plan
 from shared.spec import JobSpec
 from worker.training.collate import FlatCollator
 from worker.training.engines.adapters import (
-    check_target_modules,
     check_kind,
+    check_target_modules,
     decoder_layers,
     start_adapter,
 )
