@@ -23,7 +23,8 @@ TOKENS = 64
 # By so much a token's states may move, relative to their length. They don't move at all, but where experts
 # multiply another number of tokens, which rounds otherwise.
 MOVED = {"fp32": 1e-4, "bf16": 0.03}
-LOSS_OFF = 0.01
+# By so much of the loss, or of 1 where it is less: logits in bfloat16 are rounded by some hundredths.
+LOSS_OFF = 0.02
 
 
 def check_model(trainer: Any, spec: JobSpec, plan: Plan) -> None:
@@ -44,7 +45,7 @@ def check_model(trainer: Any, spec: JobSpec, plan: Plan) -> None:
             f"other words in front of a document move its states by {moved:.1%}.",
             "Set packing to false: each document then has a row of its own.",
         )
-    if abs(told - own) > LOSS_OFF * own:
+    if abs(told - own) > LOSS_OFF * max(own, 1.0):
         unavailable(
             f"The loss of {spec.model} (type {_type(trainer)}) would be computed wrongly: as {told:.3f}, "
             f"where the model's own logits give {own:.3f}.",
