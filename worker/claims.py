@@ -14,17 +14,16 @@ from pydantic import ValidationError
 
 from shared.clock import utcnow
 from shared.cost import GIB
-from shared.database import Database, Session
+from shared.database import Database
 from shared.device import Device, boxes_of
 from shared.errors import Unavailable
 from shared.events import Entry
 from shared.fairness import LEAST_CHARGE_SECONDS
 from shared.ids import new_token
-from shared.lifecycle import FailureCode, JobStatus
+from shared.lifecycle import FailureCode
 from shared.plan import Plan
 from shared.planner import cheaper_plan, groups, least_memory, make_plan
 from shared.repository import keys, leases, logs, queue
-from shared.repository.jobs import set_status
 from shared.savings import memory_advice
 from shared.settings import Settings
 from shared.shape import ModelShape
@@ -283,7 +282,8 @@ class Claims:
         with self._database.write() as session:
             locked = leases.lock_queued(session, job.id)
             if locked is not None:
-                _fail(session, locked, code, message, advice)
+                leases.fail(session, locked, code, message, advice)
+                logger.error("Job %s: %s", job.id, message)
 
 
 def find_match(wanted: Wanted, devices: Sequence[Device]) -> Match | None:
@@ -304,13 +304,6 @@ def _kept(wanted: Wanted, left: Collection[int], measured: Mapping[int, Device])
     """Those of the free slots that a job for several GPUs keeps for itself: each that it would fit."""
     gpus = wanted.spec.gpus
     return [i for i in left if gpus > 1 and find_match(wanted, [measured[i]] * gpus) is not None]
-
-
-def _fail(session: Session, job: Job, code: FailureCode, message: str, advice: str) -> None:
-    failure = {"code": code, "message": message, "advice": advice}
-    set_status(job, JobStatus.FAILED, failure=failure)
-    logs.append_entries(session, job.id, [Entry(f"Failed: {message} {advice}", level="error", data=failure)])
-    logger.error("Job %s: %s", job.id, message)
 
 
 def _usage(slot: Device, measured: Device) -> str:

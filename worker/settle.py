@@ -7,10 +7,8 @@ from pathlib import Path
 
 from shared.database import Database
 from shared.errors import LeaseLost
-from shared.events import Entry
-from shared.lifecycle import FailureCode, JobStatus
-from shared.repository import leases, logs
-from shared.repository.jobs import set_status
+from shared.lifecycle import FailureCode
+from shared.repository import leases
 from worker.checkpoints import FOLDER, move_checkpoints
 from worker.launch import Child
 
@@ -62,13 +60,10 @@ def time_out(database: Database, child: Child) -> None:
     """Fail the job of a child that has run for too long, and kill the child."""
     message = "The job ran for longer than its time_limit_seconds."
     advice = "Raise time_limit_seconds, or train on fewer samples, epochs or steps."
-    failure = {"code": FailureCode.TIMED_OUT, "message": message, "advice": advice}
     try:
         with database.write() as session:
             job = leases.owned_job(session, child.job_id, child.token)
-            set_status(job, JobStatus.FAILED, failure=failure)
-            entry = Entry(f"Failed: {message} {advice}", level="error", data=failure)
-            logs.append_entries(session, job.id, [entry])
+            leases.fail(session, job, FailureCode.TIMED_OUT, message, advice)
     except LeaseLost:
         logger.info("Job %s ended as its time ran out", child.job_id)
     child.kill()

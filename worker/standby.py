@@ -106,7 +106,8 @@ class Standbys:
         """
         self._last_engine = engine
         self._not_before = max(self._not_before, time.monotonic() + REPLACE_SECONDS)
-        ready = [s for s in self._waiting if s.packages == packages_of()]
+        packages = packages_of()
+        ready = [s for s in self._waiting if s.packages == packages]
         for standby in sorted(ready, key=lambda s: s.engine != engine):
             if standby.serves(engine, device) and standby.process.exit_code() is None:
                 standby.process.move_to(folder)

@@ -110,21 +110,21 @@ def give_back(session: Session, job: Job, why: str) -> None:
     logs.append_entries(session, job.id, [entry])
 
 
+def fail(session: Session, job: Job, code: FailureCode, message: str, advice: str) -> None:
+    """End the job, and say in its log what went wrong and what to do about it."""
+    failure = {"code": code, "message": message, "advice": advice}
+    set_status(job, JobStatus.FAILED, failure=failure)
+    logs.append_entries(session, job.id, [Entry(f"Failed: {message} {advice}", level="error", data=failure)])
+
+
 def lose(session: Session, job: Job, why: str, max_losses: int) -> None:
     """End an attempt whose process died: as `give_back`, but failed when that has happened too often."""
     job.losses += 1
-    kind: DeviceKind = job.plan["device"] if job.plan else "cpu"
     if job.status in (JobStatus.CANCELLING, JobStatus.PAUSING) or job.losses < max_losses:
         give_back(session, job, why)
         return
-    failure = {
-        "code": FailureCode.WORKER_LOST,
-        "message": f"{why} That has now happened {job.losses} times.",
-        "advice": lost_advice(_spec_of(job), kind),
-    }
-    set_status(job, JobStatus.FAILED, failure=failure)
-    entry = Entry(f"Failed: {failure['message']} {failure['advice']}", level="error", data=failure)
-    logs.append_entries(session, job.id, [entry])
+    message = f"{why} That has now happened {job.losses} times."
+    fail(session, job, FailureCode.WORKER_LOST, message, lost_advice(_spec_of(job), _kind_of(job)))
 
 
 def run_out_of_memory(session: Session, job: Job, message: str, *, of_machine: bool) -> None:
@@ -136,7 +136,7 @@ def run_out_of_memory(session: Session, job: Job, message: str, *, of_machine: b
         of_machine: it was main memory: no plan for a GPU changes that, nor one for the CPU while data is
             prepared.
     """
-    kind: DeviceKind = job.plan["device"] if job.plan else "cpu"
+    kind = _kind_of(job)
     if job.phase == Phase.EXPORTING:
         advice = EXPORT_MEMORY_ADVICE
     elif of_machine and (kind == "cuda" or job.phase == Phase.PREPARING_DATA):
@@ -151,10 +151,12 @@ def run_out_of_memory(session: Session, job: Job, message: str, *, of_machine: b
                 give_back(session, job, f"{message} That was {when}.")
                 return
         advice = memory_advice(JobSpec.from_json(job.spec), kind)
-    failure = {"code": FailureCode.OUT_OF_MEMORY, "message": message, "advice": advice}
-    set_status(job, JobStatus.FAILED, failure=failure)
-    entry = Entry(f"Failed: {message} {advice}", level="error", data=failure)
-    logs.append_entries(session, job.id, [entry])
+    fail(session, job, FailureCode.OUT_OF_MEMORY, message, advice)
+
+
+def _kind_of(job: Job) -> DeviceKind:
+    kind: DeviceKind = job.plan["device"] if job.plan else "cpu"
+    return kind
 
 
 def _spec_of(job: Job) -> JobSpec | None:
