@@ -21,7 +21,11 @@ PLAIN = (
     "worker.training.engines.reference",
     "worker.training.head_loss",
 )
-COMPILED = ("torch._inductor.compile_fx", "worker.training.engines.layers")
+COMPILED = (
+    "torch._inductor.compile_fx",
+    "worker.training.engines.attention",
+    "worker.training.engines.layers",
+)
 
 
 def import_stack(engine: EngineName) -> None:

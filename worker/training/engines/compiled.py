@@ -44,7 +44,8 @@ def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:
     check_kind("compiled", model)
     import torch
 
-    from worker.training.engines.layers import fuse_adapters, quantize_rows, register_attention
+    from worker.training.engines.attention import register_attention
+    from worker.training.engines.layers import fuse_adapters, quantize_rows
 
     register_attention(ATTENTION)
     base = load_base(model, torch.bfloat16, device="cuda:0", attention=ATTENTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import peft
 import pytest
 import torch
 import transformers
+from torch._inductor.utils import run_and_get_code
+from torch.nn.attention import varlen
 
 from shared.planner import COMPILED_ARCHITECTURES
 from tests.gpu.float8 import round_products
 from worker.training.collate import FlatCollator
 from worker.training.engines import layers
 from worker.training.engines.adapters import decoder_layers
+from worker.training.engines.attention import register_attention
 from worker.training.engines.compiled import compile_layers
 from worker.training.engines.layers import (
     fuse_adapters,
     quantize_rows,
     ready_adapters,
-    register_attention,
     seeded_dropout,
 )
 from worker.training.head_loss import learn_through_head
@@ -97,7 +100,7 @@ def simple_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.transpose(0, 1)
 
-    monkeypatch.setattr(layers.varlen, "varlen_attn", attend)
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
     yield
     torch._dynamo.reset()
 
@@ -162,6 +165,32 @@ def test_float8_gradients_are_off_by_its_rounding_and_no_more(tiny_model: Path) 
     assert 0.01 < allowed < 0.3
     assert off < 1.25 * allowed
     assert (found * exact).sum() / (exact * exact).sum() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs one of C++ on a CPU")
+# The tracer itself looks at the gradients of its inputs, and hides that warning unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gradients_of_what_reads_one_input_are_written_side_by_side_by_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not what an earlier version of this engine had it compile.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def gated(split: Any, whole: torch.Tensor) -> torch.Tensor:
+        gate, up = split(whole, [24, 40])
+        result: torch.Tensor = (gate.sin() * up[:, :24]).sum() + up.exp().sum()
+        return result
+
+    whole = torch.randn(8, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(gated(lambda x, sizes: x.split(sizes, dim=-1), whole), whole)
+    compiled = torch.compile(lambda x: gated(layers._Split.apply, x), dynamic=False, fullgraph=True)
+    grads, code = run_and_get_code(lambda: torch.autograd.grad(compiled(whole), whole))
+    torch._dynamo.reset()
+    torch.testing.assert_close(grads[0], expected)
+    # A loop for each piece: an operation that the compiler didn't know would be called as it is.
+    assert "def call" in code[-1]
+    assert "ops.tuneyard" not in code[-1]
 
 
 def test_dropout_zeroes_its_share_keeps_the_mean_and_follows_the_seed() -> None:
