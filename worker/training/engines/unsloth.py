@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from shared.plan import Plan
@@ -18,9 +20,34 @@ from worker.training.models import ResolvedModel, unavailable
 
 
 def import_stack() -> None:
-    """Import Unsloth, which must come before transformers and TRL, with its statistics off."""
+    """Import Unsloth, which must come before transformers and TRL, with its statistics off.
+
+    Left to itself it would open the GPU: to try out products that mixtures of experts alone need, and to note
+    each GPU's current stream, which nothing reads. A process in waiting holds nothing of a GPU.
+    """
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    import unsloth  # noqa: F401
+    os.environ["UNSLOTH_MOE_BACKEND"] = "native_torch"
+    with _unopened():
+        import unsloth  # noqa: F401
+
+
+@contextmanager
+def _unopened() -> Iterator[None]:
+    """Within this, the GPU's current stream is the default one, without asking the GPU."""
+    import torch
+
+    current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if current is None:
+        yield
+        return
+    inside = True
+    # Unsloth's kernels keep the function: from then on they are to have the true answer.
+    torch._C._cuda_getCurrentRawStream = lambda device: 0 if inside else int(current(device))
+    try:
+        yield
+    finally:
+        inside = False
+        torch._C._cuda_getCurrentRawStream = current
 
 
 def load_model(spec: JobSpec, plan: Plan, model: ResolvedModel) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
 
 from shared.errors import JobFailure
@@ -62,6 +64,22 @@ def package(name: str, **content: Any) -> ModuleType:
 
 def model_of(folder: Path) -> ResolvedModel:
     return ResolvedModel(id="local/tiny", path=folder, config={"model_type": "llama"})
+
+
+def test_as_it_is_imported_the_gpu_stays_unopened_and_its_streams_are_true_afterwards(
+    monkeypatch: pytest.MonkeyPatch, fast: type[FastLanguageModel]
+) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False)
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_MOE_BACKEND"):
+        monkeypatch.setenv(name, "")
+    unsloth.import_stack()
+    # This one needs no trying out on the GPU.
+    assert os.environ["UNSLOTH_MOE_BACKEND"] == "native_torch"
+    assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
+    with unsloth._unopened():
+        kept = torch._C._cuda_getCurrentRawStream
+        assert kept(1) == 0
+    assert torch._C._cuda_getCurrentRawStream(1) == kept(1) == 8
 
 
 @pytest.mark.parametrize(
