@@ -51,14 +51,14 @@ class EngineCosts:
     varlen: bool
 
 
-# Fitted on one H100 80 GB with the 4B of shared/shape.py, packed rows of 4,096 tokens, r=16 on 7 modules.
+# Fitted to the points of bench/planner-h200.jsonl, and to what bench.train measured on an H100 80 GB.
 ENGINES: dict[EngineName, EngineCosts] = {
     # Eager operations, each of which keeps its inputs; norms in float32; one copy of its input per adapter.
     "reference": EngineCosts(
         checkpointing=("none", "some", "all"),
         hidden=8, queries=10, keys=0, intermediate=6, adapters=2, dropout=1,
         boundary=2, buffers=4, mask=1, logits=256 * 10,
-        efficiency=0.25, with_4bit=0.96, with_dropout=1.0, with_fp8=1.0, layer_seconds=2.5e-3, varlen=False,
+        efficiency=0.27, with_4bit=1.0, with_dropout=1.0, with_fp8=1.0, layer_seconds=8.1e-3, varlen=False,
     ),
     # Fused layers, which keep what the compiler could not compute again. Dropout is drawn again, and with it
     # what it reads: with dropout a layer keeps less.
@@ -66,14 +66,14 @@ ENGINES: dict[EngineName, EngineCosts] = {
         checkpointing=("none", "some", "all"),
         hidden=5, queries=4, keys=4, intermediate=4, adapters=0.96, dropout=-0.96,
         boundary=2, buffers=4, mask=0, logits=1024 * 4,
-        efficiency=0.49, with_4bit=1.0, with_dropout=0.98, with_fp8=1.22, layer_seconds=0.6e-3, varlen=True,
+        efficiency=0.565, with_4bit=1.0, with_dropout=0.97, with_fp8=1.26, layer_seconds=1.7e-3, varlen=True,
     ),
     # Layer inputs wait in the host's memory: one layer's activations are all that the GPU holds.
     "unsloth": EngineCosts(
         checkpointing=("none", "all"),
         hidden=5, queries=3, keys=3, intermediate=4, adapters=0, dropout=1.7,
         boundary=0, buffers=1, mask=0, logits=1024 * 4,
-        efficiency=0.44, with_4bit=0.94, with_dropout=0.91, with_fp8=1.0, layer_seconds=1.5e-3, varlen=True,
+        efficiency=0.50, with_4bit=0.965, with_dropout=0.90, with_fp8=1.0, layer_seconds=4.8e-3, varlen=True,
     ),
 }  # fmt: skip
 # nf4 weights with doubly quantised scales: half a byte, 1/64 for the scales, 4/(64 x 256) for theirs.
@@ -93,6 +93,8 @@ HALF_TOKENS = 200
 # Share of the slots of packed rows that hold tokens, and how long a document is where nobody knows.
 FILL, DOCUMENT_TOKENS = 0.98, 512
 STEP_SECONDS = 0.03
+# Under a mask a narrower head takes as long as one of this width: the mask's bytes are the same.
+MASKED_HEAD = 128
 # float32 products run outside the tensor cores' 16-bit path.
 FP32_SHARE = 0.07
 # Of a second GPU, what gradients in flight leave.
@@ -223,7 +225,9 @@ def _operations_per_token(way: Way, costs: EngineCosts, shape: ModelShape, spec:
     if costs.varlen:
         # Causal: half of the pairs.
         seen = min(spec.max_seq_length, DOCUMENT_TOKENS) / 2 if spec.packing else spec.max_seq_length / 2
+        width = shape.queries
     else:
         seen = way.micro_batch * spec.max_seq_length if spec.packing else spec.max_seq_length
-    attention = 4 * shape.queries * seen * shape.layers * (3.5 + again)
+        width = shape.heads * max(shape.head_dim, MASKED_HEAD)
+    attention = 4 * width * seen * shape.layers * (3.5 + again)
     return products + attention

@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, frozenset[str]] = {
 CPU_CHECKPOINTING_TOKENS = 2048
 # Larger micro-batches help nobody, and kernels count in 32 bits.
 MOST_TOKENS = 65_536
-# Predictions no further apart than this count as equal, and the one with less memory wins.
+# Predictions no further apart than this count as equal: whole weights win, then the least memory.
 TIE = 0.02
 # After running out of memory: the next plan has at most this share of what could be saved of the last one's.
 NEXT_SHARE = 0.5
@@ -313,12 +313,17 @@ def _care(way: Way, spec: JobSpec) -> tuple[bool, bool, int]:
 
 
 def _best(found: list[Candidate]) -> Candidate:
-    """The fastest that fits, of nearly equal ones the smallest; if none fits, the smallest of all."""
+    """The fastest that fits; of nearly equal ones one whose weights are whole, and of those the smallest.
+
+    If none fits, the smallest of all.
+    """
     fitting = [c for c in found if c.fits]
-    fastest = max((c.speed or 0 for c in fitting), default=0)
+    if not fitting:
+        return min(found, key=lambda c: c.peak or 0)
+    fastest = max(c.speed or 0 for c in fitting)
     return min(
-        [c for c in fitting if (c.speed or 0) >= fastest * (1 - TIE)] or found,
-        key=lambda c: (c.peak or 0, -(c.speed or 0)),
+        (c for c in fitting if (c.speed or 0) >= fastest * (1 - TIE)),
+        key=lambda c: (c.way.quantization == "4bit", c.peak or 0, -(c.speed or 0)),
     )
 
 
@@ -349,4 +354,6 @@ def _why_lost(candidate: Candidate, chosen: Candidate) -> str:
         )
     if speed < best * (1 - TIE):
         return f"{1 - speed / best:.0%} slower"
+    if candidate.way.quantization == "4bit" != chosen.way.quantization:
+        return "no faster, and rounds the weights to 4 bits"
     return f"no faster, and takes {(peak - (chosen.peak or 0)) / GIB:.1f} GiB more"

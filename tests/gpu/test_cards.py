@@ -19,6 +19,8 @@ from shared.spec import JobSpec
 from tests.gpu.test_engines import engine_run
 from worker.gpus import installed_engines
 
+# Read before the tests' own environment hides it.
+MODELS = os.environ.get("TUNEYARD_TEST_MODELS")
 pytestmark = [
     pytest.mark.train,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -36,7 +38,7 @@ def test_the_default_job_runs_in_the_memory_of_a_small_card(gib: int, tmp_path: 
     card = Device("cuda", 0, torch.cuda.get_device_name(), gib << 30, installed_engines())
     plan = make_plan(spec, shape, [card])
     assert plan is not None
-    model = make_model("4b", Path(os.environ.get("TUNEYARD_TEST_MODELS", tmp_path)))
+    model = make_model("4b", Path(MODELS or tmp_path))
     torch.cuda.empty_cache()
     found = engine_run(
         {

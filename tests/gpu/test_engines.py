@@ -203,5 +203,6 @@ def test_each_engine_ran_as_itself(runs: Any) -> None:
     assert compiled["recompiled"] == runs("fp8")["used"]["recompiled"] == 0
     assert compiled["packing"] is unsloth["packing"] is unsloth["variable_length"] is True
     assert unsloth["fused_layers"] == unsloth["layers"]
+    assert unsloth["own_attention"] is True
     assert unsloth["gradient_checkpointing"] == "all"
     assert runs("fp8")["used"]["matrices"] == "float8_e4m3fn"
