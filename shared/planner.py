@@ -354,6 +354,12 @@ def _why_lost(candidate: Candidate, chosen: Candidate) -> str:
         )
     if speed < best * (1 - TIE):
         return f"{1 - speed / best:.0%} slower"
+    more = (peak - (chosen.peak or 0)) / GIB
     if candidate.way.quantization == "4bit" != chosen.way.quantization:
-        return "no faster, and rounds the weights to 4 bits"
-    return f"no faster, and takes {(peak - (chosen.peak or 0)) / GIB:.1f} GiB more"
+        but = "rounds the weights to 4 bits"
+    elif more > 0:
+        but = f"takes {more:.1f} GiB more"
+    else:
+        # It is further from the fastest of all than the one that was taken.
+        return f"{1 - speed / best:.1%} slower"
+    return f"{'no' if speed <= best else f'{speed / best - 1:.1%}'} faster, and {but}"
