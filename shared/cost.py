@@ -93,7 +93,7 @@ HALF_TOKENS = 200
 # Share of the slots of packed rows that hold tokens, and how long a document is where nobody knows.
 FILL, DOCUMENT_TOKENS = 0.98, 512
 STEP_SECONDS = 0.03
-# Under a mask a narrower head takes as long as one of this width: the mask's bytes are the same.
+# Under a mask a GPU takes as long for a narrower head as for one of this width: the mask is the same.
 MASKED_HEAD = 128
 # float32 products run outside the tensor cores' 16-bit path.
 FP32_SHARE = 0.07
@@ -228,6 +228,6 @@ def _operations_per_token(way: Way, costs: EngineCosts, shape: ModelShape, spec:
         width = shape.queries
     else:
         seen = way.micro_batch * spec.max_seq_length if spec.packing else spec.max_seq_length
-        width = shape.heads * max(shape.head_dim, MASKED_HEAD)
+        width = shape.heads * max(shape.head_dim, MASKED_HEAD if way.device == "cuda" else 0)
     attention = 4 * width * seen * shape.layers * (3.5 + again)
     return products + attention
