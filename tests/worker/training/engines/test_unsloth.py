@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,19 +66,32 @@ def model_of(folder: Path) -> ResolvedModel:
 
 
 def test_as_it_is_imported_the_gpu_stays_unopened_and_its_streams_are_true_afterwards(
-    monkeypatch: pytest.MonkeyPatch, fast: type[FastLanguageModel]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False)
+    def true(index: int) -> int:
+        return 7 + index
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", true, raising=False)
     for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_MOE_BACKEND"):
         monkeypatch.setenv(name, "")
+    # As Unsloth's kernels do: ask once, and keep the function.
+    (tmp_path / "unsloth.py").write_text(
+        "import os, torch\n"
+        "stream = torch._C._cuda_getCurrentRawStream\n"
+        "noted = stream(1)\n"
+        "told = {name: value for name, value in os.environ.items() if name.startswith('UNSLOTH_')}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "unsloth", package("unsloth"))
+    del sys.modules["unsloth"]
     unsloth.import_stack()
-    # This one needs no trying out on the GPU.
-    assert os.environ["UNSLOTH_MOE_BACKEND"] == "native_torch"
-    assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
-    with unsloth._unopened():
-        kept = torch._C._cuda_getCurrentRawStream
-        assert kept(1) == 0
-    assert torch._C._cuda_getCurrentRawStream(1) == kept(1) == 8
+    found: Any = sys.modules["unsloth"]
+    assert found.noted == 0
+    assert torch._C._cuda_getCurrentRawStream is true
+    assert found.stream(1) == 8
+    # The backend that needs no trying out on the GPU.
+    assert found.told["UNSLOTH_MOE_BACKEND"] == "native_torch"
+    assert found.told["UNSLOTH_DISABLE_STATISTICS"] == "1"
 
 
 @pytest.mark.parametrize(
