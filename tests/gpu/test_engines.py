@@ -1,7 +1,9 @@
 """The engines against each other: losses, gradients, and documents that don't see each other.
 
-Models: the default one's stand-in of random weights (4.5 B parameters), and SmolLM2 where
-TUNEYARD_TEST_SMOLLM2 names the folder that the bundled model was converted to.
+Models: the default one's stand-in of random weights (4.5 B parameters), which TUNEYARD_TEST_MODELS names a
+folder to keep in, and SmolLM2, the bundled model. Where its package isn't installed TUNEYARD_TEST_SMOLLM2
+names the folder that it was converted to elsewhere. TUNEYARD_TEST_AT_ONCE is how many engines share a large
+card.
 
 Tolerances. All engines start from the same adapters and see the same rows without dropout. In bfloat16 a
 product keeps 8 bits, and each engine rounds at other places: losses agree to 1%. nf4 and float8 replace the
@@ -21,6 +23,7 @@ another order; in float32 they must be equal.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +39,9 @@ import torch
 from safetensors.torch import load_file
 
 from bench.standins import make_model, write_rows
+from shared.events import GoOn
+from shared.models import BUNDLED_PACKAGE
+from worker.training.bundled import bundled_model
 
 pytestmark = pytest.mark.train
 
@@ -107,9 +113,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip("needs a GPU")
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "smollm2":
-        if "TUNEYARD_TEST_SMOLLM2" not in os.environ:
-            pytest.skip("TUNEYARD_TEST_SMOLLM2 names no folder")
-        model = Path(os.environ["TUNEYARD_TEST_SMOLLM2"])
+        named = os.environ.get("TUNEYARD_TEST_SMOLLM2")
+        if named is None and importlib.util.find_spec(BUNDLED_PACKAGE) is None:
+            pytest.skip(f"{BUNDLED_PACKAGE} is not installed, and TUNEYARD_TEST_SMOLLM2 names no folder")
+        model = Path(named) if named else bundled_model(folder, GoOn())
     else:
         model = make_model("4b", Path(os.environ.get("TUNEYARD_TEST_MODELS", folder)))
         torch.cuda.empty_cache()
