@@ -16,13 +16,15 @@ from shared.clock import utcnow
 from shared.cost import GIB
 from shared.database import Database
 from shared.device import Device, boxes_of
-from shared.errors import Unavailable
+from shared.errors import InvalidRequest, Unavailable
 from shared.events import Entry
 from shared.fairness import LEAST_CHARGE_SECONDS
+from shared.feasible import check_runnable
 from shared.ids import new_token
 from shared.lifecycle import FailureCode
+from shared.models import ModelInfo
 from shared.plan import Plan
-from shared.planner import cheaper_plan, groups, least_memory, make_plan
+from shared.planner import candidates, cheaper_plan, groups, least_memory, make_plan
 from shared.repository import keys, leases, logs, queue
 from shared.savings import memory_advice
 from shared.settings import Settings
@@ -220,37 +222,63 @@ class Claims:
         Args:
             left: slots that no job of this box has.
         """
-        gpus, there = wanted.spec.gpus, len(self._slots)
-        if gpus <= there and wanted.exhausted(self._slots) and not self._fits_elsewhere(wanted):
+        if unable := self._unable(wanted):
+            # Not the job's fault, and not for ever: another worker may come.
+            self._tell_once(job, f"{unable} It waits for a worker on line that can run it.")
+            return
+        if wanted.exhausted(self._slots) and not self._fits_elsewhere(wanted):
             last = wanted.too_large[-1]
             why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
             self._refuse(job, FailureCode.OUT_OF_MEMORY, why, memory_advice(wanted.spec, last.device))
             return
-        if gpus > there:
-            why = f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
-        elif find_match(wanted, self._slots) is None:
-            why = f"No GPU of worker {self._worker} has the memory for this job, or can run what it names."
+        kind = self._slots[0].kind
+        advice = memory_advice(wanted.spec, kind)
+        if find_match(wanted, self._slots) is None:
+            device = "GPU" if kind == "cuda" else "slot"
+            why = f"No {device} of worker {self._worker} has the memory for this job."
         else:
+            gpus = wanted.spec.gpus
             fitting = [slot for slot in self._slots if gpus > 1 or find_match(wanted, [slot])]
             busy = [slot for slot in fitting if slot.index in left]
             usage = "; ".join(_usage(slot, measured[slot.index]) for slot in busy)
             why = f"Not enough GPU memory is free on worker {self._worker}: {usage}. {wanted.need(busy)}"
+            free = "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it)."
+            advice = f"{free} {advice}"
+        waiting = self._tell_once(job, f"{why} {self._patience()}")
+        waiting.see()
+        over = waiting.seconds >= self._settings.busy_gpu_wait_seconds
+        if waiting.before is not None and over and not self._fits_elsewhere(wanted):
+            waited = f"{why} It waited {waiting.seconds:.0f} s."
+            self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
+
+    def _tell_once(self, job: Job, message: str) -> Waiting:
+        """The job's waiting here, which begins with this entry in its log."""
         waiting = self._waits.get(job.id)
         if waiting is None:
             waiting = self._waits[job.id] = Waiting()
             with self._database.write() as session:
                 if leases.lock_queued(session, job.id):
-                    entry = Entry(f"{why} {self._patience()}", level="warning")
-                    logs.append_entries(session, job.id, [entry])
-        waiting.see()
-        over = waiting.seconds >= self._settings.busy_gpu_wait_seconds
-        if waiting.before is not None and over and not self._fits_elsewhere(wanted):
-            advice = (
-                "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it). "
-                f"{memory_advice(wanted.spec, 'cuda')}"
+                    logs.append_entries(session, job.id, [Entry(message, level="warning")])
+        return waiting
+
+    def _unable(self, wanted: Wanted) -> str | None:
+        """What this box lacks for the job beside memory; None if nothing."""
+        gpus, there = wanted.spec.gpus, sum(slot.kind == "cuda" for slot in self._slots)
+        if gpus > max(there, 1):
+            return f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
+        if candidates(wanted.spec, wanted.shape, self._slots):
+            return None
+        model = ModelInfo(wanted.spec.model, "hub")
+        try:
+            check_runnable(
+                wanted.spec,
+                model.shaped(wanted.shape) if wanted.shape else model,
+                [*self._other_boxes(), self._slots],
             )
-            waited = f"{why} It waited {waiting.seconds:.0f} s."
-            self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
+        except InvalidRequest as error:
+            if error.code != "does_not_fit":
+                return error.message
+        return f"Worker {self._worker} has nothing that runs what the job names."
 
     def _patience(self) -> str:
         """What comes of a job that finds no place."""
@@ -263,11 +291,14 @@ class Claims:
 
     def _fits_elsewhere(self, wanted: Wanted) -> bool:
         """Whether another worker on line has a place for it, taken or not."""
+        return any(find_match(wanted, box) is not None for box in self._other_boxes())
+
+    def _other_boxes(self) -> list[list[Device]]:
+        """The devices of each other worker on line."""
         since = utcnow() - timedelta(seconds=self._settings.lease_seconds)
         with self._database.read() as session:
             workers = keys.live_workers(session, since)
-        boxes = boxes_of(worker for worker in workers if worker.id != self._worker)
-        return any(find_match(wanted, box) is not None for box in boxes)
+        return boxes_of(worker for worker in workers if worker.id != self._worker)
 
     def _refuse_unreadable(self, job: Job, error: ValidationError) -> None:
         """A job whose spec this version does not understand would be met again for ever."""

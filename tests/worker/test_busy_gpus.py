@@ -1,4 +1,7 @@
-"""GPUs that somebody outside Tuneyard uses: the real planner, a driver's tool that says what is free."""
+"""Jobs that find no place: GPUs that somebody outside Tuneyard uses, and workers that lack what a job names.
+
+With the real planner, and a driver's tool that says what is free.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import pytest
 from shared.database import Database
 from shared.device import Device
 from shared.planner import make_plan
-from shared.repository import jobs, logs
+from shared.repository import jobs, keys, logs
 from shared.repository.leases import OUT_OF_MEMORY
 from shared.settings import Settings
 from shared.shape import NEMOTRON_NANO_4B, ModelShape
 from shared.spec import JobSpec
+from shared.tables import WorkerRow
 from tests.samples import make_job
 from worker import claims
 from worker.claims import Claims
@@ -235,3 +239,37 @@ def test_a_model_of_unknown_size_goes_to_the_gpu_with_the_most_free(
         job_id = put(database, None)
         taken = [(job.id, device.index) for job, devices in box.fill([CARD, large]) for device in devices]
         assert taken == [(job_id, index)]
+
+
+def test_a_job_that_needs_what_no_worker_has_waits_for_one_that_has_it(
+    settings: Settings, database: Database
+) -> None:
+    cpu = Device("cpu", 0, "CPU", 16 * GIB)
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", [cpu])
+    float8, both = put(database, precision="fp8"), put(database, gpus=2)
+    for _ in range(3):
+        assert claimed(box, cpu) == []
+    waits = "It waits for a worker on line that can run it."
+    status, _, told = read(database, float8)
+    assert status == "queued"
+    assert len(told) == 2
+    assert told[1].startswith("precision: fp8 needs a GPU, and the workers on line have none.")
+    assert told[1].endswith(waits)
+    status, _, told = read(database, both)
+    assert status == "queued"
+    assert told[1:] == [f"The job asks for 2 GPUs, and worker box-1 has 0. {waits}"]
+
+
+def test_a_job_that_another_worker_can_run_is_left_to_it(
+    settings: Settings, database: Database, set_free: Callable[..., None]
+) -> None:
+    hopper = Device("cuda", 0, "NVIDIA H100", 80 * GIB, ("reference", "compiled"), 9.0)
+    box = Claims(settings.model_copy(update={"busy_gpu_wait_seconds": 0}), database, "box-1", [CARD])
+    with database.write() as session:
+        keys.put_worker(session, WorkerRow(id="box-2", hostname="b", slots=[hopper.to_json()]))
+    job_id = put(database, engine="compiled")
+    for _ in range(3):
+        assert claimed(box, CARD) == []
+    status, _, told = read(database, job_id)
+    assert status == "queued"
+    assert told[1].startswith("Worker box-1 has nothing that runs what the job names.")
