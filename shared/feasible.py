@@ -10,7 +10,7 @@ from shared.cost import CONTEXT, GIB, MARGIN, least_weight_bytes, memory_needed,
 from shared.device import BF16_CAPABILITY, FP8_CAPABILITY, Device
 from shared.errors import InvalidRequest
 from shared.models import ModelInfo
-from shared.planner import Candidate, candidates, not_taken
+from shared.planner import ONE_GPU_ENGINES, Candidate, candidates, not_taken
 from shared.savings import Saving, savings
 from shared.spec import JobSpec
 
@@ -68,7 +68,7 @@ def _unavailable(spec: JobSpec, model: ModelInfo, boxes: Boxes) -> InvalidReques
             "reference engine in fp32 on a CPU."
         )
     elif told := (
-        _why_not_installed(spec, gpus) or _why_not_known(spec, model) or _why_not_able(spec, boxes)
+        _why_not_installed(spec, gpus) or _why_not_taken(spec, model) or _why_not_able(spec, boxes)
     ):
         field, why = told
     else:
@@ -109,8 +109,10 @@ def _why_not_installed(spec: JobSpec, gpus: Sequence[Device]) -> tuple[str, str]
     )
 
 
-def _why_not_known(spec: JobSpec, model: ModelInfo) -> tuple[str, str] | None:
+def _why_not_taken(spec: JobSpec, model: ModelInfo) -> tuple[str, str] | None:
     engine, field, words = _engine(spec)
+    if spec.gpus > 1 and engine in ONE_GPU_ENGINES:
+        return field, f"{words} trains on one GPU alone, and the job asks for {spec.gpus}. Leave it on auto."
     said = not_taken(engine, model.shape.kind) if model.shape else None
     return (field, f"{words} {said} Leave it on auto.") if said else None
 

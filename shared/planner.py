@@ -27,6 +27,8 @@ ARCHITECTURES: dict[str, frozenset[str]] = {
     "compiled": COMPILED_ARCHITECTURES,
     "unsloth": UNSLOTH_ARCHITECTURES,
 }
+# Nobody has shown here that ranks of it train what one process does.
+ONE_GPU_ENGINES: frozenset[str] = frozenset({"unsloth"})
 # On a CPU: above so many tokens in one micro-batch, activations are recomputed rather than kept.
 CPU_CHECKPOINTING_TOKENS = 2048
 # Larger micro-batches help nobody, and kernels count in 32 bits.
@@ -228,7 +230,7 @@ def _ways(spec: JobSpec, shape: ModelShape | None, device: Device) -> Iterator[W
         yield from _cpu_ways(spec, device, rows)
         return
     for engine in device.engines:
-        if spec.engine in ("auto", engine):
+        if spec.engine in ("auto", engine) and (spec.gpus == 1 or engine not in ONE_GPU_ENGINES):
             kinds = product(
                 _weights(spec, engine, shape, device), _batches(spec, rows), ENGINES[engine].checkpointing
             )

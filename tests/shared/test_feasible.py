@@ -12,6 +12,7 @@ from shared.device import Device
 from shared.errors import InvalidRequest
 from shared.feasible import check_runnable
 from shared.models import ModelInfo
+from shared.planner import make_plan
 from shared.shape import NEMOTRON_NANO_4B, ModelShape
 from tests.shared.test_planner import CPU, H100, NANO, gpu, planned, spec_of
 
@@ -62,6 +63,16 @@ def test_what_no_device_can_run_is_refused_with_what_would_do(
     assert said in caught.value.message
     check_runnable(spec_of(**fields), NANO, [])
     check_runnable(spec_of(**fields), NANO, [[device], [H100]])
+
+
+def test_unsloth_is_for_one_gpu() -> None:
+    refused = refusal({"engine": "unsloth", "gpus": 2}, NANO, [H100, H100])
+    assert refused.param == "engine"
+    assert "unsloth trains on one GPU alone, and the job asks for 2. Leave it on auto." in refused.message
+    assert refused.message.endswith("The job would run with gpus 1.")
+    four_bit = make_plan(spec_of(quantization="4bit", gpus=2), NEMOTRON_NANO_4B, [H100, H100])
+    assert four_bit is not None
+    assert four_bit.engine == "reference"
 
 
 @pytest.mark.parametrize(
