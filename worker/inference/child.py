@@ -27,6 +27,8 @@ class Child:
     def __init__(self, output: BinaryIO) -> None:
         self._output = output
         self._asked: queue.Queue[Generation] = queue.Queue()
+        # Within it, what was said last and what the model is told are the same.
+        self._saying = threading.Lock()
         self._cancelled = False
         self._model: Model | None = None
 
@@ -42,7 +44,8 @@ class Child:
             self._answer(self._model, self._asked.get())
 
     def _answer(self, model: Model, asked: Generation) -> None:
-        model.cancel(self._cancelled)
+        with self._saying:
+            model.cancel(self._cancelled)
         try:
             model.answer(asked, self._tell)
         except InterruptedError:
@@ -52,10 +55,11 @@ class Child:
 
     def _listen(self) -> None:
         for line in sys.stdin.buffer:
-            self._cancelled = line == CANCEL
-            if self._model is not None:
-                self._model.cancel(self._cancelled)
-            if not self._cancelled:
+            with self._saying:
+                self._cancelled = line == CANCEL
+                if self._model is not None:
+                    self._model.cancel(self._cancelled)
+            if line != CANCEL:
                 self._asked.put(Generation.from_line(line))
         os._exit(0)
 

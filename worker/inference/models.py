@@ -10,10 +10,11 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from shared.inference import CANCEL, Done, Event, Failed, Generation, from_line
 from shared.settings import Settings
@@ -160,12 +161,15 @@ class Models:
             yield model
         finally:
             if model is not None:
-                if taken:
-                    model.turn.release()
-                async with self._changed:
-                    model.users -= 1
-                    model.idle_since = time.monotonic()
-                    self._changed.notify_all()
+                await _undisturbed(self._give_back(model, taken))
+
+    async def _give_back(self, model: Loaded, taken: bool) -> None:
+        if taken:
+            model.turn.release()
+        async with self._changed:
+            model.users -= 1
+            model.idle_since = time.monotonic()
+            self._changed.notify_all()
 
     async def _reserve(self, asked: Generation) -> Loaded:
         """The model, loaded or about to be; others go to make room, the one unused for longest first.
@@ -266,7 +270,7 @@ class Models:
             raise Refusal(Failed("away", "The model did not answer in its time.")) from None
         finally:
             if not settled:
-                await _settle(process)
+                await _undisturbed(_settle(process))
 
 
 def _loop_time(deadline: float) -> float:
@@ -287,6 +291,23 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
+
+
+async def _undisturbed(work: Coroutine[Any, Any, None]) -> None:
+    """Bring this to its end also where its caller is cancelled, as one whose client has gone is twice over.
+
+    What is left of one answer would be the next one's.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def _settle(process: asyncio.subprocess.Process) -> None:

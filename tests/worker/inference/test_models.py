@@ -191,6 +191,27 @@ async def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest
         assert (await ask(models, "a"))[-1] == Done("length", 2)
 
 
+async def test_an_answer_that_is_given_up_twice_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    """A client that goes fails what is told to it, and is seen to be gone."""
+    async with loading(tmp_path, "a") as models:
+        under_way = await begin(models, "a")
+        (process,) = processes()
+        process.suspend()
+        for _ in range(2):
+            under_way.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert not under_way.done()
+        process.resume()
+        with pytest.raises(asyncio.CancelledError):
+            await under_way
+        started, *_, done = await ask(models, "a")
+        assert isinstance(started, Started)
+        assert isinstance(done, Done)
+        assert (done.reason, done.tokens) == ("length", 2)
+        assert processes() == [process]
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF" + b"\xff" * 100, None])
 async def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes | None) -> None:
     async with loading(tmp_path) as models:
