@@ -111,12 +111,6 @@ def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(
     assert "Traceback" not in served.errors.read_text()
 
 
-def test_the_local_key_is_the_users_alone(served: Served) -> None:
-    served.ready()
-    assert (served.folder / "local.key").stat().st_mode & 0o777 == 0o600
-    assert served.folder.stat().st_mode & 0o777 == 0o700
-
-
 def test_what_dies_is_brought_back(served: Served) -> None:
     url = served.ready()
     before = served.parts()
@@ -157,17 +151,18 @@ def refused(*arguments: str) -> str:
     return done.stderr
 
 
-def test_a_second_serve_on_the_same_folder_is_refused_and_harms_nothing(served: Served) -> None:
+def test_its_key_is_the_users_alone_and_who_comes_second_is_told_and_harms_nothing(
+    served: Served, tmp_path: Path
+) -> None:
     url = served.ready()
+    assert (served.folder / "local.key").stat().st_mode & 0o777 == 0o600
+    assert served.folder.stat().st_mode & 0o777 == 0o700
+    port = url.rsplit(":", 1)[1]
+    same_port = refused("--port", port, "--data-dir", str(tmp_path / "other"))
+    assert f"Can't listen on 127.0.0.1:{port}" in same_port
     assert "Another `tuneyard serve`" in refused("--port", "0", "--data-dir", str(served.folder))
     assert served.answers(url, "/jobs")
     assert (served.folder / "server.url").read_text().strip() == url
-
-
-def test_a_port_that_is_taken_is_named(served: Served, tmp_path: Path) -> None:
-    port = served.ready().rsplit(":", 1)[1]
-    said = refused("--port", port, "--data-dir", str(tmp_path / "other"))
-    assert f"Can't listen on 127.0.0.1:{port}" in said
 
 
 def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
