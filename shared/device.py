@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from shared.plan import EngineName
-from shared.tables import WorkerRow
+
+if TYPE_CHECKING:
+    # The tables take half a second to import, and what trains has no database.
+    from shared.tables import WorkerRow
 
 DeviceKind = Literal["cpu", "cuda"]
 
