@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
 from tests.worker.training.samples import conversations
+from tests.worker.training.warm import fork_programs
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +69,13 @@ def _tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=2048
     )
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks and tools are forked from a process that has torch loaded, and don't import it again."""
+    for module in ("ranks", "processes"):
+        monkeypatch.setattr(f"worker.training.{module}.subprocess", fork_programs())
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,7 @@ def rendered(tokenizer: Any, row: dict[str, Any]) -> tuple[int, ...]:
     return tuple(tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), return_dict=False))
 
 
+@pytest.mark.usefixtures("warm")
 def test_chatml_is_the_same_in_training_tokenizer_and_llama_cpp(tmp_path: Path, tiny_model: Path) -> None:
     plain = conversations(12)
     rows = [*plain, *with_calls(12)]
@@ -132,6 +133,7 @@ def test_chatml_is_the_same_in_training_tokenizer_and_llama_cpp(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("style", ["functioncall", "template"])
+@pytest.mark.usefixtures("warm")
 def test_a_models_own_template_is_trained_and_exported(tmp_path: Path, tiny_model: Path, style: str) -> None:
     rows = with_calls(24) if style == "template" else conversations(24)
     outcome = run_with(tmp_path, tiny_model, rows, chat_template="model", tool_call_style=style)

@@ -87,6 +87,7 @@ def test_a_checkpoint_gives_the_model_of_its_step(job: Outcome, tmp_path: Path, 
     assert (adapted - found).abs().max() < 0.15 * (adapted - before).abs().max()
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_gguf_comes_with_a_modelfile_unless_a_smaller_one_has_it(job: Outcome, tmp_path: Path) -> None:
     workdir, sink = export(job, tmp_path, later(job, "gguf:q8_0", checkpoint=2))
     assert [a.name for a in sink.artifacts] == ["model-q8_0.step-2.gguf", "Modelfile.step-2"]

@@ -306,6 +306,7 @@ def test_a_loss_that_is_no_number_ends_the_job_as_diverged(tmp_path: Path, broke
     assert sink.artifacts == []
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_failing_gguf_keeps_the_adapter(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ class TakingSink(MemorySink):
         artifact.path.rename(self._folder / artifact.name)
 
 
+@pytest.mark.usefixtures("warm")
 def test_all_kinds_are_made_though_each_is_taken_away_at_once(chat_model: Path, tmp_path: Path) -> None:
     work, taken = tmp_path / "work", tmp_path / "taken"
     work.mkdir()
@@ -130,6 +131,7 @@ class _StopOnce(Running):
         super().check()
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_stop_in_the_middle_leaves_nothing(chat_model: Path, tmp_path: Path) -> None:
     sink = MemorySink()
     files = {"gguf:q8_0": "model-q8_0.gguf", "gguf:q4_k_m": "model-q4_k_m.gguf"}
@@ -139,6 +141,7 @@ def test_a_stop_in_the_middle_leaves_nothing(chat_model: Path, tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["model-q8_0.gguf"]
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_gguf_without_template_is_not_published(tmp_path: Path, tiny_model: Path) -> None:
     sink = MemorySink()
     with pytest.raises(JobFailure, match="no chat template"):
@@ -147,6 +150,7 @@ def test_a_gguf_without_template_is_not_published(tmp_path: Path, tiny_model: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_gguf_that_is_cut_off_is_not_published(tmp_path: Path, gguf: Path) -> None:
     broken = tmp_path / "model-f16.gguf"
     content = gguf.read_bytes()
@@ -158,6 +162,7 @@ def test_a_gguf_that_is_cut_off_is_not_published(tmp_path: Path, gguf: Path) -> 
     assert "data is not within the file bounds" in caught.value.message
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_model_that_llama_cpp_does_not_know_fails_with_its_words(tmp_path: Path, chat_model: Path) -> None:
     folder = tmp_path / "unknown"
     shutil.copytree(chat_model, folder)

@@ -37,6 +37,7 @@ def test_what_a_job_needs_is_counted_at_its_peak() -> None:
 
 
 @pytest.mark.train
+@pytest.mark.usefixtures("warm")
 def test_a_job_without_room_fails_before_it_trains(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +61,7 @@ def test_the_need_covers_what_a_job_really_leaves(tmp_path: Path, tiny_model: Pa
 
 
 @pytest.mark.train
+@pytest.mark.usefixtures("warm")
 def test_a_model_that_llama_cpp_does_not_know_fails_before_training(tmp_path: Path, tiny_model: Path) -> None:
     folder = tmp_path / "unknown"
     shutil.copytree(tiny_model, folder)

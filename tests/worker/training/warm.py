@@ -1,0 +1,115 @@
+"""Python programs that load torch, forked from a process that has loaded it: seconds less for each.
+
+They run as the command line that starts them says, with pipes, an environment and a folder of their own, and
+end as processes end. That the same command lines start from nothing is for tests that don't use this.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, cast
+
+import psutil
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.worker.training.warm_stack"])
+
+
+class Popen:
+    """As much of `subprocess.Popen` as the pipeline uses."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: IO[bytes] | None = None,
+        stderr: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        text: bool = False,
+    ) -> None:
+        assert command[0] == sys.executable
+        assert text or stdin != subprocess.PIPE
+        self.args = command
+        self.stdin: IO[str] | None = None
+        if stdin == subprocess.PIPE:
+            read, write = os.pipe()
+            self.stdin = io.TextIOWrapper(os.fdopen(write, "wb"), encoding="utf-8")
+        else:
+            read = os.open(os.devnull, os.O_RDONLY)
+        outputs = [os.dup(out.fileno() if out else number) for number, out in ((1, stdout), (2, stderr))]
+        streams = [Connection(file) for file in (read, *outputs)]
+        where = str(cwd or Path.cwd())
+        self._process = _CONTEXT.Process(
+            target=_run, args=(streams, command[1:], dict(os.environ if env is None else env), where)
+        )
+        self._process.start()
+        for stream in streams:
+            stream.close()
+        self.pid = cast("int", self._process.pid)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def fork_programs() -> SimpleNamespace:
+    """What stands for the module `subprocess` in one that starts such programs."""
+    return SimpleNamespace(
+        Popen=Popen,
+        PIPE=subprocess.PIPE,
+        DEVNULL=subprocess.DEVNULL,
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
+
+
+def running() -> list[psutil.Process]:
+    """Programs that were forked and haven't ended."""
+    found = []
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        found.append(psutil.Process(process.pid))
+    return found
+
+
+def _run(streams: list[Connection], command: list[str], environment: dict[str, str], folder: str) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the process' own
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if command[0] == "-m":
+        module, *sys.argv[1:] = command[1:]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    isolated = command[0] == "-P"
+    script, *arguments = command[isolated:]
+    sys.argv = [script, *arguments]
+    if not isolated:
+        sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
