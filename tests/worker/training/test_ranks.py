@@ -24,6 +24,7 @@ from shared.lifecycle import FailureCode, Phase
 from shared.plan import Plan
 from tests.conftest import wait_for
 from tests.worker.training.samples import Running, make_spec, new_workdir, plan_for, run_job
+from tests.worker.training.warm import Popen, running
 from worker.training.models import ResolvedModel
 from worker.training.ranks import Ranks, break_off
 from worker.training.workdir import Workdir
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def ranks() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "worker.training.rank" in p.cmdline()]
+    started = [p for p in psutil.Process().children() if "worker.training.rank" in p.cmdline()]
+    return started + running()
 
 
 class StopAfterAStep(MemorySink):
@@ -99,6 +101,7 @@ def test_each_rank_sees_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert [[env[name] for name in names] for env in seen] == [["0", "1", "0", "3"], ["5", "2", "0", "3"]]
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_stopped_job_ends_all_ranks(tmp_path: Path, tiny_model: Path) -> None:
     control = Running()
     sink = StopAfterAStep(control)
@@ -123,6 +126,7 @@ class LeaveAfterAStep(StopAfterAStep):
         self.control.leave = True
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_job_that_left_with_a_checkpoint_goes_on_with_fewer_ranks(tmp_path: Path, tiny_model: Path) -> None:
     spec = make_spec({"max_steps": 6, "gradient_accumulation_steps": 2}, lora={"r": 8, "dropout": 0.0})
     control = Running()
@@ -136,6 +140,7 @@ def test_a_job_that_left_with_a_checkpoint_goes_on_with_fewer_ranks(tmp_path: Pa
     assert [row["step"] for row in outcome.sink.rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_rank_that_dies_ends_the_attempt_and_is_a_loss(tmp_path: Path, tiny_model: Path) -> None:
     sink = MemorySink()
 
@@ -153,6 +158,7 @@ def test_a_rank_that_dies_ends_the_attempt_and_is_a_loss(tmp_path: Path, tiny_mo
     assert ranks() == []
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_rank_out_of_memory_is_the_jobs_own(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,23 +178,30 @@ import os, sys
 from pathlib import Path
 from shared.errors import ProcessLost
 from tests.worker.training.samples import make_spec, new_workdir, run_job
+from tests.worker.training.warm import fork_programs
 from worker.training import ranks
 
-ranks.MODULE = "tests.worker.training.late_rank"
-try:
-    run_job(make_spec(), new_workdir(Path(sys.argv[1]), Path(sys.argv[2])), gpus=2, micro_batch=1)
-except ProcessLost as error:
-    print(error, flush=True)
-# A thread still waits for the other.
-os._exit(0)
+if __name__ == "__main__":
+    ranks.subprocess = fork_programs()
+    ranks.MODULE = "tests.worker.training.late_rank"
+    try:
+        run_job(make_spec(), new_workdir(Path(sys.argv[1]), Path(sys.argv[2])), gpus=2, micro_batch=1)
+    except ProcessLost as error:
+        print(error, flush=True)
+    # A thread still waits for the other.
+    os._exit(0)
 """
 
 
 def test_a_rank_that_dies_as_they_meet_is_not_waited_for(tmp_path: Path, tiny_model: Path) -> None:
     """In a process of its own, as jobs are: torch can't meet anybody else in this one."""
-    command = [sys.executable, "-c", MEET, str(tmp_path), str(tiny_model)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.stdout == "The job's process on GPU 1 ended unexpectedly (exit code 7).\n", done.stderr
+    program = tmp_path / "meet.py"
+    program.write_text(MEET)
+    command = [sys.executable, str(program), str(tmp_path), str(tiny_model)]
+    with (tmp_path / "said").open("wb") as said, (tmp_path / "complaints").open("wb") as complaints:
+        Popen(command, cwd=ROOT, stdout=said, stderr=complaints).wait(300)
+    expected = "The job's process on GPU 1 ended unexpectedly (exit code 7).\n"
+    assert (tmp_path / "said").read_text() == expected, (tmp_path / "complaints").read_text()
 
 
 def test_what_a_lost_rank_leaves_behind_is_not_taken_for_training_that_diverged(tmp_path: Path) -> None:
@@ -231,6 +244,7 @@ class InEvaluation(MemorySink):
             act()
 
 
+@pytest.mark.usefixtures("warm")
 def test_what_ends_an_evaluation_of_two_ranks_changes_no_loss(tmp_path: Path, tiny_model: Path) -> None:
     """A pause or SIGTERM, a stop at once, and a kill of the other rank."""
     spec = make_spec(
