@@ -68,9 +68,10 @@ def test_its_tokenizer_gives_what_llama_cpp_gives(cache: Path) -> None:
     assert tokenizer.bos_token == "<|im_start|>"
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_real_model_learns_and_answers(tmp_path: Path, cache: Path) -> None:
     spec = make_spec(
-        {"max_steps": 6, "learning_rate": 1e-3, "save_steps": 100, "per_device_train_batch_size": 1},
+        {"max_steps": 4, "learning_rate": 1e-3, "save_steps": 100, "per_device_train_batch_size": 1},
         model=BUNDLED_MODEL,
         max_seq_length=256,
         exports=["gguf:q8_0"],
