@@ -48,7 +48,7 @@ def import_stack(engine: EngineName) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """What is imported stays: looking through it for garbage takes a fifth of the time."""
+    """What is imported stays: looking through it for garbage again and again is time lost."""
     enabled = gc.isenabled()
     gc.disable()
     try:
