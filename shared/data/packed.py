@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from shared.data.parquet_pages import largest_pages
+from shared.data.parquet_pages import largest_pages, row_groups
 from shared.errors import DatasetError
 
 PARQUET_MAGIC = b"PAR1"
@@ -78,9 +78,9 @@ def parquet_rows(path: Path, max_row_bytes: int) -> Iterator[tuple[int, dict[str
     try:
         # With a buffer, a column's pages are read as they are needed.
         with path.open("rb") as raw, parquet.ParquetFile(path, buffer_size=CHUNK) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            groups = row_groups(raw)
             # A group without rows has no pages.
-            pages = {i: largest_pages(raw, group) for i, group in enumerate(groups) if group.num_rows}
+            pages = {i: largest_pages(raw, group.columns) for i, group in enumerate(groups) if group.rows}
             for group, largest in pages.items():
                 if largest.both > MAX_PAGES_BYTES:
                     raise DatasetError(
