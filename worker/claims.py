@@ -222,17 +222,19 @@ class Claims:
         Args:
             left: slots that no job of this box has.
         """
-        if unable := self._unable(wanted):
+        if not candidates(wanted.spec, wanted.shape, self._slots):
             # Not the job's fault, and not for ever: another worker may come.
-            self._tell_once(job, f"{unable} It waits for a worker on line that can run it.")
+            if job.id not in self._waits:
+                self._tell_once(
+                    job, f"{self._lacking(wanted)} It waits for a worker on line that can run it."
+                )
             return
         if wanted.exhausted(self._slots) and not self._fits_elsewhere(wanted):
             last = wanted.too_large[-1]
             why = f"The job ran out of memory, and no plan takes less than the last one ({last.reason})."
             self._refuse(job, FailureCode.OUT_OF_MEMORY, why, memory_advice(wanted.spec, last.device))
             return
-        kind = self._slots[0].kind
-        advice = memory_advice(wanted.spec, kind)
+        kind, free = self._slots[0].kind, ""
         if find_match(wanted, self._slots) is None:
             device = "GPU" if kind == "cuda" else "slot"
             why = f"No {device} of worker {self._worker} has the memory for this job."
@@ -242,13 +244,13 @@ class Claims:
             busy = [slot for slot in fitting if slot.index in left]
             usage = "; ".join(_usage(slot, measured[slot.index]) for slot in busy)
             why = f"Not enough GPU memory is free on worker {self._worker}: {usage}. {wanted.need(busy)}"
-            free = "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it)."
-            advice = f"{free} {advice}"
+            free = "Submit it again when the GPU is free (its operator sees in nvidia-smi what uses it). "
         waiting = self._tell_once(job, f"{why} {self._patience()}")
         waiting.see()
         over = waiting.seconds >= self._settings.busy_gpu_wait_seconds
         if waiting.before is not None and over and not self._fits_elsewhere(wanted):
             waited = f"{why} It waited {waiting.seconds:.0f} s."
+            advice = f"{free}{memory_advice(wanted.spec, kind)}"
             self._refuse(job, FailureCode.OUT_OF_MEMORY, waited, advice)
 
     def _tell_once(self, job: Job, message: str) -> Waiting:
@@ -261,13 +263,11 @@ class Claims:
                     logs.append_entries(session, job.id, [Entry(message, level="warning")])
         return waiting
 
-    def _unable(self, wanted: Wanted) -> str | None:
-        """What this box lacks for the job beside memory; None if nothing."""
+    def _lacking(self, wanted: Wanted) -> str:
+        """What this box lacks for a job that none of its slots could run with any memory."""
         gpus, there = wanted.spec.gpus, sum(slot.kind == "cuda" for slot in self._slots)
         if gpus > max(there, 1):
             return f"The job asks for {gpus} GPUs, and worker {self._worker} has {there}."
-        if candidates(wanted.spec, wanted.shape, self._slots):
-            return None
         model = ModelInfo(wanted.spec.model, "hub")
         try:
             check_runnable(
@@ -276,8 +276,7 @@ class Claims:
                 [*self._other_boxes(), self._slots],
             )
         except InvalidRequest as error:
-            if error.code != "does_not_fit":
-                return error.message
+            return error.message
         return f"Worker {self._worker} has nothing that runs what the job names."
 
     def _patience(self) -> str:

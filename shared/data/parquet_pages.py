@@ -113,7 +113,7 @@ def _header(file: IO[bytes], at: int) -> tuple[int, int, int, int]:
 
 
 class _Thrift:
-    """Reads the integers of a struct and skips everything else; IndexError where the text ends before it."""
+    """Reads integers of structs and skips everything else; IndexError where the text ends before it."""
 
     def __init__(self, text: bytes) -> None:
         self._text = text
@@ -124,7 +124,7 @@ class _Thrift:
         found: list[RowGroup] = []
         for number, kind in self._fields():
             if number == _ROW_GROUPS and kind in _LISTS:
-                found = [self._row_group() for _ in range(self._count())]
+                found = [self._row_group() for _ in range(self._list()[0])]
             else:
                 self._skip_field(kind, 0)
         return found
@@ -133,7 +133,7 @@ class _Thrift:
         rows, columns = 0, []
         for number, kind in self._fields():
             if number == _COLUMNS and kind in _LISTS:
-                columns = [self._column() for _ in range(self._count())]
+                columns = [self._column() for _ in range(self._list()[0])]
             elif number == _ROWS and kind == _LONG:
                 rows = self._integer()
             else:
@@ -162,10 +162,10 @@ class _Thrift:
             number = number + step if step else self._integer()
             yield number, head & 15
 
-    def _count(self) -> int:
-        """How many structs of a list follow."""
+    def _list(self) -> tuple[int, int]:
+        """How many values of a list follow, and of which kind."""
         head = self._byte()
-        return head >> 4 if head >> 4 < 15 else self._varint()
+        return head >> 4 if head >> 4 < 15 else self._varint(), head & 15
 
     def struct(self, integers: int, depth: int = 0) -> tuple[dict[int, int], int]:
         """Its fields of this kind of integer, and where the text goes on."""
@@ -196,10 +196,9 @@ class _Thrift:
         elif kind == _STRUCT:
             self.struct(_INT, depth + 1)
         elif kind in _LISTS:
-            head = self._byte()
-            count = head >> 4 if head >> 4 < 15 else self._varint()
+            count, inner = self._list()
             for _ in range(count):
-                self._skip(head & 15, depth + 1)
+                self._skip(inner, depth + 1)
         else:
             # Nothing here has a map.
             raise _damaged()
