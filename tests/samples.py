@@ -15,7 +15,7 @@ from shared.lifecycle import JobStatus
 from shared.repository import files
 from shared.repository.jobs import PRIORITIES, add_job
 from shared.settings import Settings
-from shared.shape import SMOLLM2_135M
+from shared.shape import SMOLLM2_135M, ModelShape
 from shared.spec import BUNDLED_MODEL, JobSpec
 from shared.storage import Store
 from shared.tables import ArtifactRow, DatasetRow, Job
@@ -48,9 +48,11 @@ def add_dataset(database: Database, settings: Settings, file: Path, owner: str =
     return dataset_id
 
 
-def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:
-    """Insert a queued job as POST /jobs does; returns its id."""
+def make_job(database: Database, owner: str = "ann", shape: ModelShape | None = None, **spec: Any) -> str:
+    """Insert a queued job as POST /jobs does, of a model of this shape; returns its id."""
     parsed = JobSpec.from_json(spec)
+    if parsed.model == BUNDLED_MODEL:
+        shape = SMOLLM2_135M
     job = Job(
         id=new_job_id(),
         owner=owner,
@@ -58,7 +60,7 @@ def make_job(database: Database, owner: str = "ann", **spec: Any) -> str:
         model=parsed.model,
         priority=PRIORITIES[parsed.priority],
         spec=parsed.to_json(),
-        model_shape=SMOLLM2_135M.to_json() if parsed.model == BUNDLED_MODEL else None,
+        model_shape=shape.to_json() if shape else None,
         user_metadata=dict(parsed.metadata),
     )
     with database.write() as session:

@@ -27,7 +27,7 @@ pytestmark = [
 CAP_GIB = 4
 
 
-@pytest.mark.parametrize("engine", ["reference", "compiled"])
+@pytest.mark.parametrize("engine", ["reference", "compiled", "unsloth"])
 def test_a_plan_that_is_too_large_is_followed_by_cheaper_ones(
     start: Start, database: Database, settings: Settings, tmp_path: Path, engine: str
 ) -> None:
