@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from shared.device import Device
@@ -78,7 +79,7 @@ def probe_gpus() -> list[Device]:
 
 
 def measure_free(devices: Sequence[Device]) -> list[Device]:
-    """The devices with the memory that is free on them now; one whose driver does not tell stays as it is.
+    """The devices with the memory that is free on them now.
 
     Raises:
         Unavailable: the driver does not answer.
@@ -88,9 +89,9 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
     free = {}
     for line in _ask("nvidia-smi", FREE_QUERY).splitlines():
         index, _, memory = (part.strip() for part in line.partition(","))
-        if index.isdigit() and memory.isdigit():
+        if index.isdigit():
             # 0 would say that it is not known.
-            free[int(index)] = max(int(memory) << 20, 1)
+            free[int(index)] = max(int(memory) << 20 if memory.isdigit() else available_bytes(), 1)
     # What a device of a worker has may be a share of the GPU.
     return [
         replace(d, memory_bytes=min(free[d.index], d.memory_bytes or free[d.index])) if d.index in free else d
@@ -146,9 +147,10 @@ def _ask(tool: str, query: Sequence[str]) -> str:
 
 
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
-    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB, 0 if the driver doesn't tell).
+    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB).
 
-    One that is split with MIG is left out: its memory is not one job's to have.
+    One of which the driver tells no memory has none of its own (GB10): it computes in the machine's. One that
+    is split with MIG is left out: its memory is not one job's to have.
 
     Args:
         visible: a comma-separated list of numbers or UUIDs, as CUDA_VISIBLE_DEVICES has it; None for all.
@@ -176,7 +178,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
             "cuda",
             int(index),
             name,
-            (int(memory) if memory.isdigit() else 0) << 20,
+            int(memory) << 20 if memory.isdigit() else _machine_bytes(),
             engines,
             float(told[0]) if told and CAPABILITY.fullmatch(told[0]) else None,
         )
@@ -213,6 +215,16 @@ def installed_engines() -> tuple[EngineName, ...]:
     return tuple(found)
 
 
+def available_bytes() -> int:
+    """Of the machine's memory, what a process can have without others losing theirs."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    told = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(told.split()[1]) << 10
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _cpu(index: int) -> Device:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", index, f"CPU ({platform.machine()}, {os.cpu_count()} cores)", memory)
+    return Device("cpu", index, f"CPU ({platform.machine()}, {os.cpu_count()} cores)", _machine_bytes())

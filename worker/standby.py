@@ -18,6 +18,7 @@ from pathlib import Path
 
 from shared.device import Device
 from shared.plan import EngineName
+from worker.gpus import available_bytes
 from worker.process import Process
 from worker.sweep import STANDBY_PREFIX, remove_in_background
 
@@ -155,13 +156,6 @@ class Standbys:
         standby.process.close()
         self._waiting.remove(standby)
         remove_in_background(standby.process.folder)
-
-
-def available_bytes() -> int:
-    """Of the machine's memory, what a process can have without others losing theirs."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    told = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(told.split()[1]) << 10
 
 
 def packages_of() -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from shared.device import Device
 from shared.errors import InvalidRequest, Unavailable
+from shared.planner import make_plan
+from shared.shape import NEMOTRON_NANO_4B
+from shared.spec import JobSpec
 from tests.conftest import wait_for
 from worker import gpus
 from worker.gpus import find_slots, parse_gpus, probe_gpus
@@ -33,10 +37,20 @@ def test_the_drivers_table_is_read() -> None:
     assert (second.kind, second.index) == ("cuda", 1)
     assert parse_gpus("No devices were found\n") == []
     assert (first.capability, second.capability) == (9.0, 8.9)
-    (shared,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A], [N/A], 12.1\n")
-    assert (shared.memory_bytes, shared.capability) == (0, 12.1)
     (silent,) = parse_gpus("0, GPU-aa11, GRID T4-8Q, 8192, [N/A], [N/A]\n")
     assert (silent.memory_bytes >> 30, silent.capability) == (8, None)
+
+
+def test_a_gpu_without_memory_of_its_own_has_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    (unified,) = parse_gpus("0, GPU-aa11, NVIDIA GB10, [N/A], [N/A], 12.1\n")
+    (cpu,) = find_slots(None, None)
+    assert (unified.memory_bytes, unified.capability) == (cpu.memory_bytes, 12.1)
+    monkeypatch.setattr(gpus, "_ask", lambda *_: "0, [N/A]\n")
+    (measured,) = gpus.measure_free([unified])
+    assert 0 < measured.memory_bytes < cpu.memory_bytes
+    huge = JobSpec.from_json({"quantization": "none"})
+    shape = dataclasses.replace(NEMOTRON_NANO_4B, layers=100_000)
+    assert make_plan(huge, shape, [unified]) is None
 
 
 def test_a_driver_that_does_not_know_compute_capabilities_is_asked_without(
