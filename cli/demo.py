@@ -15,7 +15,6 @@ from rich.console import Console
 from cli.client import Client
 from cli.jobs import follow_job
 from cli.render import human_bytes, human_seconds, table
-from cli.tree import ProcessTree
 from shared.errors import TuneyardError
 from shared.settings import Settings
 from shared.spec import BUNDLED_MODEL
@@ -55,6 +54,8 @@ def demo(
     ),
 ) -> None:
     """Fine-tune a small model on this machine, from upload to an answer, in a few minutes."""
+    from cli.tree import ProcessTree
+
     began = time.monotonic()
     # As Ctrl-C does: what was started is stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -7,11 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli.keys import opened_database
 from cli.render import human_bytes, table
 from shared.settings import Settings
-from shared.storage import Store
-from worker.retention import collect
 
 console = Console()
 
@@ -26,8 +23,12 @@ def gc(
 
     Workers do the same every hour.
     """
+    from cli.database import opened_database
+    from shared.storage import Store
+    from worker.retention import collect
+
     settings = Settings()
-    with opened_database() as database:
+    with opened_database(settings) as database:
         found = collect(database, Store(settings.artifacts()), settings, dry_run=dry_run, force=force)
     rows = ((r.what, r.job_id or "-", human_bytes(r.bytes) if r.bytes else "-", r.why) for r in found)
     table(console, ("what", "job", "size", "why"), rows)

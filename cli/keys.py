@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from cli.render import table
 from shared.clock import isoformat, utcnow
-from shared.database import Database
 from shared.errors import InvalidRequest
-from shared.repository import audit, keys, owners
-from shared.settings import Settings, ensure_private_dir
-from shared.tables import AuditEntry
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from shared.database import Session
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys, and set their owners' quotas.")
 console = Console()
@@ -36,12 +34,15 @@ def create(
     ] = False,
 ) -> None:
     """Make a key. It is shown this once: only its hash is kept."""
+    from cli.database import opened_database
+    from shared.repository import keys
+
     if not OWNER_NAME.fullmatch(name):
         raise InvalidRequest("NAME is 1 to 100 letters, digits, '.', '_', '-' or '@'.")
-    with opened_database() as database, database.write() as session:
+    with opened_database(Settings()) as database, database.write() as session:
         key = keys.create_key(session, name, admin=admin, high=high)
         rights = f"{' --admin' if admin else ''}{' --high' if high else ''}"
-        audit.add_entries(session, [_entry(f"keys create{rights}", name)])
+        _record(session, f"keys create{rights}", name)
     console.print(f"A key for {name}. Keep it: it is not shown again.", highlight=False)
     print(key)
 
@@ -49,7 +50,10 @@ def create(
 @app.command("list")
 def list_keys() -> None:
     """List the keys; the keys themselves are not kept."""
-    with opened_database() as database, database.read() as session:
+    from cli.database import opened_database
+    from shared.repository import keys
+
+    with opened_database(Settings()) as database, database.read() as session:
         found = keys.list_keys(session)
     rows = (
         (
@@ -68,9 +72,12 @@ def list_keys() -> None:
 @app.command()
 def revoke(number: Annotated[int, typer.Argument(help="The key's number in `tuneyard keys list`.")]) -> None:
     """Revoke a key: from now on it opens nothing."""
-    with opened_database() as database, database.write() as session:
+    from cli.database import opened_database
+    from shared.repository import keys
+
+    with opened_database(Settings()) as database, database.write() as session:
         key = keys.revoke_key(session, number)
-        audit.add_entries(session, [_entry("keys revoke", f"{key.name}/{number}")])
+        _record(session, "keys revoke", f"{key.name}/{number}")
     console.print(f"Key {number} of {key.name} is revoked.", highlight=False)
 
 
@@ -88,6 +95,10 @@ def quota(
     stored_bytes: Limit = None,
 ) -> None:
     """Show what an owner has used, and give it limits of its own."""
+    from cli.database import opened_database
+    from shared.repository import owners
+
+    settings = Settings()
     given = {
         "queued_jobs": queued_jobs,
         "running_jobs": running_jobs,
@@ -95,13 +106,13 @@ def quota(
         "stored_bytes": stored_bytes,
     }
     limits = {quota: _limit(quota, text) for quota, text in given.items() if text is not None}
-    with opened_database() as database:
+    with opened_database(settings) as database:
         if limits:
             with database.write() as session:
                 owners.set_quotas(session, name, limits)
-                audit.add_entries(session, [_entry("keys quota", name)])
+                _record(session, "keys quota", name)
         with database.read() as session:
-            found = owners.quotas(session, Settings(), name)
+            found = owners.quotas(session, settings, name)
             lately = owners.used_lately(session, name)
     rows = (
         (quota.name, f"{quota.used:,.10g}", "unlimited" if quota.limit is None else f"{quota.limit:,.10g}")
@@ -112,6 +123,8 @@ def quota(
 
 
 def _limit(quota: str, text: str) -> float | None:
+    from shared.repository import owners
+
     if text in ("default", "unlimited"):
         return None if text == "default" else owners.UNLIMITED
     try:
@@ -125,19 +138,10 @@ def _limit(quota: str, text: str) -> float | None:
     return number
 
 
-def _entry(action: str, name: str) -> AuditEntry:
-    """For the audit log: what the box's user did. The colon tells it from any owner."""
-    return AuditEntry(time=utcnow(), owner=f"box:{os.getuid()}", action=action, object=name, result=0)
+def _record(session: Session, action: str, name: str) -> None:
+    """In the audit log, what the box's user does. The colon tells it from any owner."""
+    from shared.repository import audit
+    from shared.tables import AuditEntry
 
-
-@contextmanager
-def opened_database() -> Iterator[Database]:
-    """The settings' database, brought up to date."""
-    settings = Settings()
-    ensure_private_dir(settings.root)
-    database = Database(settings.database())
-    try:
-        database.migrate()
-        yield database
-    finally:
-        database.close()
+    owner = f"box:{os.getuid()}"
+    audit.add_entries(session, [AuditEntry(time=utcnow(), owner=owner, action=action, object=name, result=0)])

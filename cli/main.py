@@ -1,4 +1,7 @@
-"""The `tuneyard` command."""
+"""The `tuneyard` command.
+
+A command imports what it needs of the server when it runs: each of them would take the time of all.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import NoReturn
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from sqlalchemy.exc import SQLAlchemyError
 
 from cli import audit, chat, datasets, demo, exports, gc, jobs, keys, secrets, serve, webhooks
 from cli.client import ApiError, ConnectionFailed
@@ -63,8 +65,6 @@ def main() -> None:
             for e in error.errors()
         )
         _fail("; ".join(wrong))
-    except SQLAlchemyError as error:
-        _fail(f"The database can't be used: {str(error).splitlines()[0]}")
     except (ApiError, ConnectionFailed, TuneyardError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

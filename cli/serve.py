@@ -16,16 +16,8 @@ from typing import Annotated
 
 import typer
 
-from api.app import create_app
-from api.server import Server
-from cli.tree import ProcessTree
-from shared.database import Database
 from shared.errors import InvalidRequest
-from shared.queue import Doorbell
 from shared.settings import Settings, ensure_private_dir
-from worker.gpus import find_slots, with_share
-from worker.inference.service import Service
-from worker.supervisor import Supervisor
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
@@ -43,6 +35,8 @@ def serve(
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Only the API: jobs wait.")] = False,
 ) -> None:
     """Start everything on this box: database, queue, API and a worker."""
+    from cli.tree import ProcessTree
+
     settings = _settings(host=host, port=port, data_dir=data_dir)
     tree = ProcessTree(settings, workers=workers, with_worker=not no_worker)
     _on_signal(tree.stop)
@@ -66,6 +60,9 @@ def api(
     watch_stdin: WatchStdin = False,
 ) -> None:
     """Start the API alone."""
+    from api.app import create_app
+    from api.server import Server
+
     _log_to_stderr()
     settings = _settings(host=host, port=port)
     ensure_private_dir(settings.root)
@@ -84,25 +81,29 @@ def worker(
     watch_stdin: WatchStdin = False,
 ) -> None:
     """Start the supervisor of this box: one slot per GPU, or one on the CPU where there is none."""
+    from cli.database import opened_database
+    from shared.queue import Doorbell
+    from worker.gpus import find_slots, with_share
+    from worker.supervisor import Supervisor
+
     _log_to_stderr()
     settings = Settings()
-    ensure_private_dir(settings.root)
     slots = with_share(find_slots(_gpu_numbers(gpus), workers), settings.gpu_memory_fraction)
-    database = Database(settings.database())
-    database.migrate()
-    doorbell = Doorbell(settings.redis())
-    supervisor = Supervisor(settings, database, doorbell, slots)
-    _on_signal(supervisor.stop)
-    if watch_stdin:
-        _end_with_parent()
-    logging.getLogger("worker").info("Slots: %s", ", ".join(slot.name for slot in slots))
-    supervisor.run()
-    doorbell.close()
-    database.close()
+    with opened_database(settings) as database:
+        doorbell = Doorbell(settings.redis())
+        supervisor = Supervisor(settings, database, doorbell, slots)
+        _on_signal(supervisor.stop)
+        if watch_stdin:
+            _end_with_parent()
+        logging.getLogger("worker").info("Slots: %s", ", ".join(slot.name for slot in slots))
+        supervisor.run()
+        doorbell.close()
 
 
 def inference(watch_stdin: WatchStdin = False) -> None:
     """Start the process that answers from finished models, for the API on this machine."""
+    from worker.inference.service import Service
+
     _log_to_stderr()
     settings = Settings()
     ensure_private_dir(settings.root)

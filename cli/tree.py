@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from filelock import FileLock, Timeout
 
-from shared.database import Database
+from cli.database import opened_database
 from shared.errors import TuneyardError
 from shared.repository import keys
 from shared.settings import Settings, ensure_private_dir
@@ -174,24 +174,19 @@ def reachable(host: str) -> str:
 
 def make_local_key(settings: Settings) -> None:
     """The admin key of this box, in a file that only its user can read; made on the first start."""
-    database = Database(settings.database())
-    try:
-        database.migrate()
-        path = settings.local_key_file
-        with database.write() as session:
-            if path.is_file():
-                try:
-                    keys.find_key(session, path.read_text(encoding="utf-8").strip())
-                except TuneyardError:
-                    path.unlink()  # of another database, or revoked
-                else:
-                    path.chmod(0o600)
-                    return
-            key = keys.create_key(session, "local", admin=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(key + "\n")
-    finally:
-        database.close()
+    path = settings.local_key_file
+    with opened_database(settings) as database, database.write() as session:
+        if path.is_file():
+            try:
+                keys.find_key(session, path.read_text(encoding="utf-8").strip())
+            except TuneyardError:
+                path.unlink()  # of another database, or revoked
+            else:
+                path.chmod(0o600)
+                return
+        key = keys.create_key(session, "local", admin=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(key + "\n")
 
 
 def _listen(host: str, port: int) -> socket.socket:
