@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import event
+from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel import Session, create_engine
 
 BUSY_TIMEOUT_MS = 15_000
 MIGRATIONS = Path(__file__).parent / "migrations"
+# The revision that this code needs: the number in the last migration's name.
+HEAD = max(path.name for path in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
 # A network that swallows packets without a word is noticed after this many seconds, on both sides: by default
 # it takes a quarter of an hour here and two hours there.
 SILENT_SECONDS = 60
@@ -74,6 +74,12 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the schema up to date. Safe to call from several processes at once."""
+        if self._revision() == HEAD:
+            return
+        # Of a box's processes one finds something to do; alembic takes each a tenth of its start to import.
+        from alembic import command  # noqa: PLC0415
+        from alembic.config import Config  # noqa: PLC0415
+
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         with self._writer.begin() as connection:
@@ -83,6 +89,13 @@ class Database:
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7461726480)")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _revision(self) -> str | None:
+        with self._reader.connect() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+            return found
 
     def close(self) -> None:
         """Close the connections; that of a thread which is still at work, when it is done."""

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlmodel import select
 
 from shared.columns import UtcDateTime
-from shared.database import MIGRATIONS, Database
+from shared.database import HEAD, MIGRATIONS, Database
 from shared.repository import jobs, logs, tallies
 from shared.repository.jobs import Page
 from shared.repository.logs import StoredEntry
@@ -65,6 +65,10 @@ def add_job(database: Database, job_id: str, status: str, minutes: int, **values
         created_at=MADE + timedelta(minutes=minutes), started_at=MADE + timedelta(minutes=minutes + 1),
         announced=True, **values,
     )  # fmt: skip
+
+
+def test_the_version_that_this_code_looks_for_is_the_newest() -> None:
+    assert VERSIONS[-1] == HEAD
 
 
 def test_logs_labels_and_counts_of_before(old: Database) -> None:
