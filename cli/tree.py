@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -46,9 +45,8 @@ class ProcessTree:
         self._ready = False
         self._valkey: EmbeddedValkey | None = None
         self._socket: socket.socket | None = None
-        self._api: subprocess.Popen[bytes] | None = None
-        self._worker: subprocess.Popen[bytes] | None = None
-        self._inference: subprocess.Popen[bytes] | None = None
+        # Besides Valkey, by what they are.
+        self._parts: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = FileLock(settings.root / "serve.lock")
 
     def start(self) -> str | None:
@@ -72,11 +70,11 @@ class ProcessTree:
         if self._settings.redis_url is None:
             self._valkey = EmbeddedValkey(self._settings.valkey_socket(), self._settings.root / "valkey")
             self._valkey.start()
-        self._api = self._start_api()
+        self._start("api")
         if self._with_worker:
-            self._worker = self._start_worker()
+            self._start("worker")
         if self._settings.inference_models and importlib.util.find_spec("cyllama"):
-            self._inference = self._start_inference()
+            self._start("inference")
         if not self._await_ready(url):
             return None
         self._settings.server_url_file.write_text(url + "\n", encoding="utf-8")
@@ -88,15 +86,10 @@ class ProcessTree:
         while not self._stopping.wait(WATCH_SECONDS):
             if self._valkey is not None and not self._valkey.is_running():
                 self._restart_valkey(self._valkey)
-            if self._api is not None and self._api.poll() is not None:
-                self._stopping.wait(RESTART_SECONDS)
-                self._api = self._start_api()
-            if self._worker is not None and self._worker.poll() is not None:
-                self._stopping.wait(RESTART_SECONDS)
-                self._worker = self._start_worker()
-            if self._inference is not None and self._inference.poll() is not None:
-                self._stopping.wait(RESTART_SECONDS)
-                self._inference = self._start_inference()
+            ended = [name for name, part in self._parts.items() if part.poll() is not None]
+            if ended and not self._stopping.wait(RESTART_SECONDS):
+                for name in ended:
+                    self._start(name)
 
     def _restart_valkey(self, valkey: EmbeddedValkey) -> None:
         try:
@@ -114,36 +107,30 @@ class ProcessTree:
         """Stop everything: no new requests first, then the jobs, then the queue."""
         if self._ready:
             self._settings.server_url_file.unlink(missing_ok=True)
-        _end(self._api, STOP_SECONDS)
-        _end(self._inference, STOP_SECONDS)
         grace = max(self._settings.stop_grace_seconds, self._settings.checkpoint_grace_seconds)
-        _end(self._worker, grace + STOP_SECONDS)
+        for name, seconds in (("api", 0.0), ("inference", 0.0), ("worker", grace)):
+            if name in self._parts:
+                _end(self._parts[name], seconds + STOP_SECONDS)
         if self._valkey is not None:
             self._valkey.stop()
         if self._socket is not None:
             self._socket.close()
         self._lock.release()
 
-    def _start_api(self) -> subprocess.Popen[bytes]:
-        if self._socket is None:
-            raise RuntimeError("the API is started after its socket")
-        fd = self._socket.fileno()
-        return self._start(["api", "--fd", str(fd), "--watch-stdin"], fds=[fd])
-
-    def _start_worker(self) -> subprocess.Popen[bytes]:
-        count = ["--workers", str(self._workers)] if self._workers else []
-        return self._start(["worker", "--watch-stdin", *count])
-
-    def _start_inference(self) -> subprocess.Popen[bytes]:
-        return self._start(["inference", "--watch-stdin"])
-
-    def _start(self, arguments: Sequence[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    def _start(self, name: str) -> None:
+        """Start a part, named as the command that it runs."""
+        arguments, fds = [name, "--watch-stdin"], []
+        if name == "api" and self._socket is not None:
+            fds = [self._socket.fileno()]
+            arguments += ["--fd", str(fds[0])]
+        if name == "worker" and self._workers is not None:
+            arguments += ["--workers", str(self._workers)]
         given = {"DATA_DIR": self._settings.root, "HOST": self._settings.host, "PORT": self._settings.port}
-        environment = os.environ | {f"TUNEYARD_{name}": str(value) for name, value in given.items()}
+        environment = os.environ | {f"TUNEYARD_{key}": str(value) for key, value in given.items()}
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(self._log_file.open("ab")) if self._log_file else None
             # A session of its own: Ctrl-C reaches `serve` alone, which stops its parts in order.
-            return subprocess.Popen(
+            self._parts[name] = subprocess.Popen(
                 [sys.executable, "-m", "cli.main", *arguments],
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -155,7 +142,7 @@ class ProcessTree:
     def _await_ready(self, url: str) -> bool:
         deadline = time.monotonic() + READY_SECONDS
         while not self._stopping.wait(0.05):
-            if self._api is not None and self._api.poll() is not None:
+            if self._parts["api"].poll() is not None:
                 raise TuneyardError("The API did not start: see the messages above.")
             if time.monotonic() > deadline:
                 raise TuneyardError(f"The API did not answer within {READY_SECONDS:.0f} s.")
@@ -205,9 +192,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _end(process: subprocess.Popen[bytes] | None, seconds: float) -> None:
-    if process is None:
-        return
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     process.terminate()
     try:
         process.wait(seconds)

@@ -84,25 +84,23 @@ class Served:
 def served(tmp_path: Path, database_url: str | None) -> Iterator[Served]:
     running = Served(tmp_path / "data", database_url)
     yield running
+    clear_away(running)
+
+
+def clear_away(served: Served) -> None:
     # A `serve` that is killed leaves its Valkey to the next one, of which there is none.
-    left = running.parts() if running.process.poll() is None else {}
-    running.process.kill()
-    running.process.wait()
+    left = served.parts() if served.process.poll() is None else {}
+    served.process.kill()
+    served.process.wait()
     if "valkey" in left:
         left["valkey"].kill()
-    if running.process.stdout is not None:
-        running.process.stdout.close()
+    if served.process.stdout is not None:
+        served.process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(
-    served: Served, number: signal.Signals
-) -> None:
-    url = served.ready()
+def check_that_all_stops(served: Served, number: signal.Signals) -> None:
     parts = served.parts()
     assert set(parts) == {"valkey", "api", "worker", "inference"}
-    assert served.get(url, "/jobs").json()["data"] == []
-    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
     served.process.send_signal(number)
     assert served.process.wait(20) == 0
     assert not any(part.is_running() for part in parts.values())
@@ -111,31 +109,34 @@ def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(
     assert "Traceback" not in served.errors.read_text()
 
 
-def test_what_dies_is_brought_back(served: Served) -> None:
+def test_it_says_one_line_when_ready_and_stops_with_everything_it_started(served: Served) -> None:
+    url = served.ready()
+    assert served.get(url, "/jobs").json()["data"] == []
+    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
+    check_that_all_stops(served, signal.SIGINT)
+
+
+def test_what_dies_is_brought_back_and_when_serve_is_killed_the_next_start_is_clean(
+    served: Served, tmp_path: Path, database_url: str | None
+) -> None:
     url = served.ready()
     before = served.parts()
     for part in before.values():
         part.kill()
     wait_for(lambda: set(served.parts()) == set(before) and served.answers(url, "/readyz"))
-    assert {p.pid for p in served.parts().values()}.isdisjoint({p.pid for p in before.values()})
-    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
-
-
-def test_when_serve_is_killed_its_parts_end_and_the_next_start_is_clean(
-    served: Served, tmp_path: Path, database_url: str | None
-) -> None:
-    served.ready()
     parts = served.parts()
+    assert {p.pid for p in parts.values()}.isdisjoint({p.pid for p in before.values()})
+    assert wait_for(lambda: served.get(url, "/system").json()["workers"])
     served.process.kill()
     served.process.wait()
     assert wait_for(lambda: not any(parts[name].is_running() for name in ("api", "worker", "inference")))
     again = Served(tmp_path / "data", database_url)
-    again.ready()
-    assert wait_for(lambda: not parts["valkey"].is_running())
-    again.process.terminate()
-    assert again.process.wait(20) == 0
-    assert again.process.stdout is not None
-    again.process.stdout.close()
+    try:
+        again.ready()
+        assert wait_for(lambda: not parts["valkey"].is_running())
+        check_that_all_stops(again, signal.SIGTERM)
+    finally:
+        clear_away(again)
 
 
 def refused(*arguments: str) -> str:
@@ -151,21 +152,9 @@ def refused(*arguments: str) -> str:
     return done.stderr
 
 
-def test_its_key_is_the_users_alone_and_who_comes_second_is_told_and_harms_nothing(
-    served: Served, tmp_path: Path
+def test_a_wildcard_is_told_as_an_address_that_answers_the_key_is_private_and_a_second_harms_nothing(
+    tmp_path: Path,
 ) -> None:
-    url = served.ready()
-    assert (served.folder / "local.key").stat().st_mode & 0o777 == 0o600
-    assert served.folder.stat().st_mode & 0o777 == 0o700
-    port = url.rsplit(":", 1)[1]
-    same_port = refused("--port", port, "--data-dir", str(tmp_path / "other"))
-    assert f"Can't listen on 127.0.0.1:{port}" in same_port
-    assert "Another `tuneyard serve`" in refused("--port", "0", "--data-dir", str(served.folder))
-    assert served.answers(url, "/jobs")
-    assert (served.folder / "server.url").read_text().strip() == url
-
-
-def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
     served = Served(
         tmp_path / "data",
         None,
@@ -175,11 +164,19 @@ def test_a_wildcard_address_is_told_as_one_that_answers(tmp_path: Path) -> None:
         HTTP_PROXY="http://127.0.0.1:1",
         TUNEYARD_INFERENCE_MODELS="0",
     )
-    url = served.ready()
-    assert set(served.parts()) == {"valkey", "api"}
-    assert url.startswith("http://127.0.0.1:")
-    assert served.answers(url, "/jobs")
-    served.process.terminate()
-    assert served.process.wait(20) == 0
-    if served.process.stdout is not None:
-        served.process.stdout.close()
+    try:
+        url = served.ready()
+        assert set(served.parts()) == {"valkey", "api"}
+        assert url.startswith("http://127.0.0.1:")
+        assert (served.folder / "local.key").stat().st_mode & 0o777 == 0o600
+        assert served.folder.stat().st_mode & 0o777 == 0o700
+        port = url.rsplit(":", 1)[1]
+        same_port = refused("--port", port, "--data-dir", str(tmp_path / "other"))
+        assert f"Can't listen on 127.0.0.1:{port}" in same_port
+        assert "Another `tuneyard serve`" in refused("--port", "0", "--data-dir", str(served.folder))
+        assert served.answers(url, "/jobs")
+        assert (served.folder / "server.url").read_text().strip() == url
+        served.process.terminate()
+        assert served.process.wait(20) == 0
+    finally:
+        clear_away(served)
