@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cli import inspect as command
 from cli.main import app
 from shared.errors import TuneyardError
 from shared.spec import BUNDLED_MODEL
+from tests.cli.command import run_command
 
 QUESTION = "<|im_start|>user\nHow\x1b[31m old?<|im_end|>\n<|im_start|>assistant\n"
 TOKENS: dict[str, Any] = {
@@ -141,13 +142,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cli.main", "datasets", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_command(dict(os.environ), "datasets", *map(str, arguments))
     return done.returncode, done.stdout, done.stderr
 
 

@@ -32,9 +32,9 @@ def box(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Itera
     """A served API and a supervisor with the fake pipeline, on one data folder."""
     folder = tmp_path_factory.mktemp("box") / "data"
     database_url = databases.create()
-    served = Served(folder, database_url, "--no-worker")
+    served = Served(folder, database_url, "--no-worker", TUNEYARD_INFERENCE_MODELS="0")
     served.ready()
-    settings = Settings(data_dir=folder, database_url=database_url, poll_seconds=0.2)
+    settings = Settings(data_dir=folder, database_url=database_url, poll_seconds=0.2, standby="off")
     database, doorbell = Database(settings.database()), Doorbell(settings.redis())
     slot = Device("cpu", 0, "CPU", 8 << 30)
     supervisor = Supervisor(settings, database, doorbell, [slot], "tests.worker.fake_child")
@@ -51,7 +51,7 @@ def box(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Itera
         served.process.stdout.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tuneyard(box: Settings) -> Run:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
     environment["TUNEYARD_DATA_DIR"] = str(box.root)
@@ -68,11 +68,17 @@ def submit(tuneyard: Run, *arguments: str) -> str:
     return done.stdout.split()[0]
 
 
-def test_submit_follow_list_show_and_download(tuneyard: Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tuneyard: Run) -> str:
+    """The id of a job that has succeeded."""
     followed = tuneyard("submit", "--model", MODEL, "--dataset", str(DATA), "--name", "succeed", "--follow")
     assert followed.returncode == 0, followed.stderr
     assert "Succeeded." in followed.stdout
-    job_id = followed.stdout.split()[0]
+    return followed.stdout.split()[0]
+
+
+def test_submit_follow_list_show_and_download(tuneyard: Run, finished: str, tmp_path: Path) -> None:
+    job_id = finished
     assert job_id in tuneyard("jobs", "--status", "succeeded").stdout
     shown = json.loads(tuneyard("show", job_id).stdout)
     assert shown["status"] == "succeeded"
@@ -83,32 +89,25 @@ def test_submit_follow_list_show_and_download(tuneyard: Run, tmp_path: Path) -> 
     assert (tmp_path / "adapter.tar").read_bytes() == DATA.read_bytes()
 
 
-def test_a_broken_off_download_goes_on_where_it_was(tuneyard: Run, tmp_path: Path) -> None:
-    job_id = submit(tuneyard, "--name", "succeed")
-    tuneyard("logs", "-f", job_id)
+def test_a_broken_off_download_goes_on_where_it_was(tuneyard: Run, finished: str, tmp_path: Path) -> None:
     whole = DATA.read_bytes()
     for partial in (whole[:1000], b"something else", whole + b"longer"):
         (tmp_path / "adapter.tar.part").write_bytes(partial)
-        done = tuneyard("download", job_id, "adapter.tar", "-o", str(tmp_path))
+        done = tuneyard("download", finished, "adapter.tar", "-o", str(tmp_path))
         if partial == b"something else":
             assert "damaged" in done.stderr
         else:
             assert (tmp_path / "adapter.tar").read_bytes() == whole
 
 
-def test_the_seeds_three_flags(tuneyard: Run) -> None:
-    job_id = submit(tuneyard, "--max-samples", "7", "--merge", "--gguf", "q4_k_m", "--gguf", "q8_0")
+def test_a_spec_file_assignments_and_the_seeds_three_flags(tuneyard: Run, tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps({"training": {"seed": 1, "max_steps": 5}}))
+    flags = ("--max-samples", "7", "--merge", "--gguf", "q4_k_m", "--gguf", "q8_0")
+    assigned = ("--set", "training.seed=9", "--set", "train_on=all")
+    job_id = submit(tuneyard, "--spec", str(tmp_path / "spec.json"), *flags, *assigned)
     spec = json.loads(tuneyard("show", job_id).stdout)["spec"]
     assert spec["max_samples"] == 7
     assert spec["exports"] == ["adapter", "merged_16bit", "gguf:q4_k_m", "gguf:q8_0"]
-
-
-def test_a_spec_file_and_assignments(tuneyard: Run, tmp_path: Path) -> None:
-    (tmp_path / "spec.json").write_text(json.dumps({"training": {"seed": 1, "max_steps": 5}}))
-    job_id = submit(
-        tuneyard, "--spec", str(tmp_path / "spec.json"), "--set", "training.seed=9", "--set", "train_on=all"
-    )
-    spec = json.loads(tuneyard("show", job_id).stdout)["spec"]
     assert (spec["training"]["seed"], spec["training"]["max_steps"], spec["train_on"]) == (9, 5, "all")
 
 
@@ -116,13 +115,6 @@ def test_a_failed_job_makes_the_follower_fail(tuneyard: Run) -> None:
     done = tuneyard("submit", "--model", MODEL, "--dataset", str(DATA), "--name", "fail", "-f")
     assert done.returncode == 1
     assert "the pipeline broke" in done.stdout
-
-
-def test_cancel(tuneyard: Run) -> None:
-    job_id = submit(tuneyard, "--name", "forever")
-    assert tuneyard("cancel", job_id).stdout.strip() in ("cancelling", "cancelled")
-    assert tuneyard("logs", "-f", job_id).returncode == 1
-    assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "cancelled")
 
 
 def test_an_estimate_tabulates_the_plans_that_lost(tuneyard: Run, box: Settings) -> None:
@@ -157,14 +149,16 @@ def test_an_estimate_says_why_something_is_not_known(tuneyard: Run, box: Setting
     assert told["disk"] == "not known without the model's size"
 
 
-def test_pause_and_resume(tuneyard: Run) -> None:
+def test_pause_resume_and_cancel(tuneyard: Run) -> None:
     job_id = submit(tuneyard, "--name", "forever")
     assert tuneyard("pause", job_id).stdout.strip() in ("pausing", "paused")
     assert wait_for(lambda: json.loads(tuneyard("show", job_id).stdout)["status"] == "paused")
     refused = tuneyard("move", job_id, "--first")
     assert "only a queued one can be moved" in refused.stderr
     assert tuneyard("resume", job_id).stdout.strip() == "queued"
-    tuneyard("cancel", job_id)
+    assert tuneyard("cancel", job_id).stdout.strip() in ("cancelling", "cancelled")
+    assert tuneyard("logs", "-f", job_id).returncode == 1
+    assert json.loads(tuneyard("show", job_id).stdout)["status"] == "cancelled"
 
 
 def test_estimate_and_datasets(tuneyard: Run) -> None:
@@ -240,15 +234,14 @@ def test_a_proxy_in_the_environment_does_not_stand_between(tuneyard: Run) -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_export_makes_another_file_and_follows_it(tuneyard: Run) -> None:
-    job_id = tuneyard("submit", "--model", MODEL, "--set", "name=succeed", "--follow").stdout.split()[0]
-    done = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "3", "--follow")
+def test_export_makes_another_file_and_follows_it(tuneyard: Run, finished: str) -> None:
+    done = tuneyard("export", finished, "gguf:q8_0", "--checkpoint", "3", "--follow")
     assert done.returncode == 0, done.stderr
     assert "Export of gguf:q8_0 of step 3 was asked for." in done.stdout
     assert "Claimed by worker" not in done.stdout
     assert done.stdout.splitlines()[-1].startswith("model-q8_0.step-3.gguf: ")
-    again = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "3")
+    again = tuneyard("export", finished, "gguf:q8_0", "--checkpoint", "3")
     assert again.stdout.startswith("model-q8_0.step-3.gguf: ")
-    refused = tuneyard("export", job_id, "gguf:q8_0", "--checkpoint", "4")
+    refused = tuneyard("export", finished, "gguf:q8_0", "--checkpoint", "4")
     assert refused.returncode == 1
     assert "no checkpoint of step 4" in refused.stderr
