@@ -1,17 +1,21 @@
-"""One job through everything: served API, real worker, real training, all exports, over HTTP."""
+"""Jobs through everything, with nothing faked: served API, real worker, real training, exports, answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cli.client import Client
 from tests.cli.test_serve import Served
+from tests.conftest import Databases
 from tests.worker.training.conftest import tiny_model
 from tests.worker.training.samples import conversations, write_rows
 from worker.training.generate import generate
@@ -33,19 +37,36 @@ FILES = {
 }
 
 
-@pytest.fixture
-def client(tmp_path: Path, tiny_model: Path, database_url: str | None) -> Iterator[Client]:
-    root = tmp_path / "models"
-    root.mkdir()
+# A program written for OpenAI.
+PROGRAM = Path(__file__).parent / "clients" / "walkthrough.py"
+
+
+@dataclass(frozen=True)
+class Box:
+    url: str
+    key: str
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, databases: Databases) -> Iterator[Box]:
+    """A server and its worker as they start by default, and the tiny model."""
+    root = tmp_path_factory.mktemp("models")
     (root / "tiny").symlink_to(tiny_model)
-    served = Served(tmp_path / "data", database_url, TUNEYARD_MODELS_ROOT=str(root), TUNEYARD_STANDBY="auto")
-    url = served.ready()
-    with Client(url, (served.folder / "local.key").read_text().strip()) as opened:
-        yield opened
+    database_url = databases.create()
+    folder = tmp_path_factory.mktemp("box") / "data"
+    served = Served(folder, database_url, TUNEYARD_MODELS_ROOT=str(root), TUNEYARD_STANDBY="auto")
+    yield Box(served.ready(), (folder / "local.key").read_text().strip())
     served.process.terminate()
     assert served.process.wait(30) == 0
     if served.process.stdout is not None:
         served.process.stdout.close()
+    databases.drop(database_url)
+
+
+@pytest.fixture
+def client(box: Box) -> Iterator[Client]:
+    with Client(box.url, box.key) as opened:
+        yield opened
 
 
 def test_a_job_from_upload_to_six_exports(client: Client, tmp_path: Path) -> None:
@@ -109,3 +130,23 @@ def _check_files(client: Client, job_id: str, folder: Path) -> None:
         assert any(name.endswith("README.md") for name in tar.getnames())
     for gguf in sorted(folder.glob("*.gguf")):
         assert generate(str(gguf), "Hello", max_tokens=4).tokens > 0
+
+
+def test_openais_guide_runs_from_upload_to_an_answer(box: Box, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", conversations(24))
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), f"{box.url}/v1", box.key, "local/tiny", str(rows)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = done.stdout.splitlines()
+    (status,) = [line.split() for line in lines if line.startswith("succeeded")]
+    assert int(status[1]) > 0
+    table = lines[lines.index("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy") + 1 :]
+    assert [row.split(",")[0] for row in table[:2]] == ["1", "2"]
+    # Token accuracy is measured, not left out.
+    assert all(0 <= float(row.split(",")[2]) <= 1 for row in table[:2])
+    assert lines[-1].startswith("answered with")
