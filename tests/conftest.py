@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import hypothesis
 import pytest
+from sqlalchemy.engine import make_url
 
 from shared.database import Database
 from shared.settings import Settings
@@ -77,14 +79,26 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 
 
 class Databases:
-    """New databases for boxes: files in their data folders, or on a server."""
+    """New databases for boxes: files in their data folders, or on a server. Migrations run once for all."""
 
-    def __init__(self, server: PostgreSQL | None) -> None:
+    def __init__(self, folder: Path, server: PostgreSQL | None) -> None:
         self.server = server
+        self._template = folder / "migrated.db"
+        if server is None:
+            opened = Database(f"sqlite:///{self._template}")
+            opened.migrate()
+            opened.close()
 
     def create(self) -> str | None:
         """The URL of an empty database that a box is to be given; None for a file in its data folder."""
         return self.server.create() if self.server else None
+
+    def open(self, settings: Settings) -> Database:
+        """A box's database, with all tables and no rows; a server's as `create` made it."""
+        settings.root.mkdir(parents=True, exist_ok=True)
+        if self.server is None:
+            shutil.copyfile(self._template, str(make_url(settings.database()).database))
+        return Database(settings.database())
 
     def create_empty(self, folder: Path) -> str:
         """The URL of a database without tables."""
@@ -96,15 +110,18 @@ class Databases:
 
 
 @pytest.fixture(scope="session")
-def databases(request: pytest.FixtureRequest) -> Iterator[Databases]:
+def databases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Databases]:
     """Which kind it is is what `pytest_generate_tests` says."""
+    folder = tmp_path_factory.mktemp("databases")
     if request.param == SQLITE:
-        yield Databases(None)
+        yield Databases(folder, None)
         return
     if find_program("pg_ctl") is None:
         pytest.skip(MISSING)
     server = PostgreSQL()
-    yield Databases(server)
+    yield Databases(folder, server)
     server.close()
 
 
@@ -156,11 +173,9 @@ def settings(tmp_path: Path, valkey: EmbeddedValkey, database_url: str | None) -
 
 
 @pytest.fixture
-def database(settings: Settings) -> Iterator[Database]:
+def database(databases: Databases, settings: Settings) -> Iterator[Database]:
     """An empty, migrated database."""
-    settings.root.mkdir(parents=True, exist_ok=True)
-    opened = Database(settings.database())
-    opened.migrate()
+    opened = databases.open(settings)
     yield opened
     opened.close()
 

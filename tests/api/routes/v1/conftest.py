@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from shared.database import Database
 from shared.model_names import tuned_model
 from shared.repository import keys
 from shared.settings import Settings
@@ -89,8 +88,7 @@ def box(
     root = tmp_path_factory.mktemp("box") / "data"
     root.mkdir(mode=0o700)
     settings = Settings(data_dir=root, database_url=databases.create(), redis_url=valkey.url)
-    database = Database(settings.database())
-    database.migrate()
+    database = databases.open(settings)
     with database.write() as session:
         made = {name: keys.create_key(session, name, admin=name == "root") for name in ("ann", "bob", "root")}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
