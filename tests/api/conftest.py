@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from shared.queue import Doorbell
 from shared.repository import files, jobs, keys, logs
 from shared.settings import Settings
 from shared.tables import ArtifactRow
-from tests.conftest import PATIENCE, wait_for
+from shared.valkey import EmbeddedValkey
+from tests.conftest import PATIENCE, Databases, wait_for
 
 URL = "http://localhost"
 SPEC: dict[str, Any] = {"model": "bundled/smollm2-135m-instruct", "max_seq_length": 512}
 GOOD_ROW = b'{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello %d"}]}\n'
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -48,6 +49,10 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def owner_keys(database: Database) -> dict[str, str]:
     """API keys of two owners and an admin."""
+    return create_keys(database)
+
+
+def create_keys(database: Database) -> dict[str, str]:
     with database.write() as session:
         return {name: keys.create_key(session, name, admin=name == "root") for name in ("ann", "bob", "root")}
 
@@ -106,20 +111,49 @@ def finish(database: Database, job_id: str, status: JobStatus = JobStatus.SUCCEE
         jobs.set_status(job, status)
 
 
-@pytest.fixture
-async def api(settings: Settings, database: Database, owner_keys: dict[str, str]) -> AsyncIterator[Api]:
+@asynccontextmanager
+async def started(settings: Settings, database: Database, keys_of: dict[str, str]) -> AsyncIterator[Api]:
+    """The application of these settings until the block ends."""
     app = create_app(settings)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
 
         async def client(name: str | None) -> httpx.AsyncClient:
-            headers = {"Authorization": f"Bearer {owner_keys[name]}"} if name else {}
+            headers = {"Authorization": f"Bearer {keys_of[name]}"} if name else {}
             made = httpx.AsyncClient(transport=transport, base_url=URL, headers=headers)
             return await stack.enter_async_context(made)
 
         names = ("ann", "bob", "root", None)
         yield Api(app, database, *[await client(name) for name in names])
+
+
+@pytest.fixture
+async def api(settings: Settings, database: Database, owner_keys: dict[str, str]) -> AsyncIterator[Api]:
+    async with started(settings, database, owner_keys) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_box(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, databases: Databases
+) -> Iterator[tuple[Settings, Database, dict[str, str]]]:
+    """What an application of a whole module starts with, and its owners' keys."""
+    url = databases.create()
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("shared") / "data", database_url=url, redis_url=valkey.url
+    )
+    database = databases.open(settings)
+    yield settings, database, create_keys(database)
+    database.close()
+    databases.drop(url)
+
+
+@pytest.fixture(scope="module")
+async def shared_api(shared_box: tuple[Settings, Database, dict[str, str]]) -> AsyncIterator[Api]:
+    """One application for those tests of a module to which it does not matter what others left in it."""
+    async with started(*shared_box) as running:
+        yield running
 
 
 @dataclass
@@ -188,6 +222,14 @@ def serve(settings: Settings, database: Database, key: str) -> Iterator[Live]:
 @pytest.fixture
 def live(settings: Settings, database: Database, owner_keys: dict[str, str]) -> Iterator[Live]:
     with serve(settings, database, owner_keys["ann"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_live(shared_box: tuple[Settings, Database, dict[str, str]]) -> Iterator[Live]:
+    """As `shared_api`, behind a server."""
+    settings, database, owners = shared_box
+    with serve(settings, database, owners["ann"]) as running:
         yield running
 
 

@@ -17,38 +17,38 @@ PROTECTED = (
 
 
 @pytest.mark.parametrize("path", PROTECTED)
-async def test_everything_but_health_needs_a_key(api: Api, path: str) -> None:
-    answer = await api.nobody.get(path)
+async def test_everything_but_health_needs_a_key(shared_api: Api, path: str) -> None:
+    answer = await shared_api.nobody.get(path)
     assert error_of(answer, 401)["type"] == "authentication_error"
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
 @pytest.mark.parametrize("path", PROTECTED)
-async def test_who_has_no_key_is_told_nothing_else(api: Api, path: str) -> None:
-    error_of(await api.nobody.get(f"{path}?x=1&limit=0"), 401)
+async def test_who_has_no_key_is_told_nothing_else(shared_api: Api, path: str) -> None:
+    error_of(await shared_api.nobody.get(f"{path}?x=1&limit=0"), 401)
 
 
-async def test_posts_need_a_key_before_their_body_is_read(api: Api) -> None:
-    assert (await api.nobody.post("/jobs", content=b"{")).status_code == 401
-    assert (await api.nobody.post("/jobs/estimate", json={})).status_code == 401
-    assert (await api.nobody.post("/datasets", files={"file": b"x"})).status_code == 401
-    assert (await api.nobody.post("/jobs?x=1", content=b"{")).status_code == 401
-    assert (await api.nobody.delete("/jobs/x")).status_code == 401
+async def test_posts_need_a_key_before_their_body_is_read(shared_api: Api) -> None:
+    assert (await shared_api.nobody.post("/jobs", content=b"{")).status_code == 401
+    assert (await shared_api.nobody.post("/jobs/estimate", json={})).status_code == 401
+    assert (await shared_api.nobody.post("/datasets", files={"file": b"x"})).status_code == 401
+    assert (await shared_api.nobody.post("/jobs?x=1", content=b"{")).status_code == 401
+    assert (await shared_api.nobody.delete("/jobs/x")).status_code == 401
 
 
 @pytest.mark.parametrize(
     "header",
     ["Bearer", "Bearer ", "Bearer wrong", "Basic YTpi", "bearer ty-0000", "Bearer \xe9", "Bearer a b"],
 )
-async def test_keys_that_are_none(api: Api, header: str) -> None:
-    answer = await api.nobody.get("/jobs", headers={b"Authorization": header.encode("latin-1")})
+async def test_keys_that_are_none(shared_api: Api, header: str) -> None:
+    answer = await shared_api.nobody.get("/jobs", headers={b"Authorization": header.encode("latin-1")})
     error_of(answer, 401)
 
 
-async def test_health_needs_no_key(api: Api) -> None:
-    assert (await api.nobody.get("/healthz")).json() == {"status": "ok"}
-    assert (await api.nobody.get("/readyz")).status_code == 200
-    assert error_of(await api.nobody.get("/healthz?x=1"), 422)["param"] == "x"
+async def test_health_needs_no_key(shared_api: Api) -> None:
+    assert (await shared_api.nobody.get("/healthz")).json() == {"status": "ok"}
+    assert (await shared_api.nobody.get("/readyz")).status_code == 200
+    assert error_of(await shared_api.nobody.get("/healthz?x=1"), 422)["param"] == "x"
 
 
 async def test_a_revoked_key_opens_nothing(api: Api) -> None:

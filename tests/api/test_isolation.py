@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ HOOK = {
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
 
 
+@pytest.fixture(scope="module")
+def api(shared_api: Api) -> Api:
+    return shared_api
+
+
 async def belongings(api: Api, folder: Path) -> dict[str, str]:
     """Ann's things, by the name of the path parameter that an id of them goes into.
 
@@ -64,6 +70,15 @@ async def belongings(api: Api, folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+async def things(api: Api, tmp_path: Path) -> AsyncIterator[dict[str, str]]:
+    made = await belongings(api, tmp_path)
+    yield made
+    # Of these an owner may have a few.
+    await api.ann.delete(f"/v1/webhook_endpoints/{made['webhook_id']}")
+    await api.ann.post(f"/v1/uploads/{made['upload_id']}/cancel")
+
+
 def filled(path: str, things: dict[str, str]) -> str:
     for name in re.findall(r"\{(\w+)(?::path)?\}", path):
         assert name in things, f"{path}: what of Ann's has the parameter {name}? Tell belongings()."
@@ -76,8 +91,9 @@ async def ask(client: httpx.AsyncClient, method: str, path: str) -> httpx.Respon
 
 
 @pytest.mark.parametrize(("method", "path"), WITH_IDS)
-async def test_somebody_elses_things_are_absent(api: Api, tmp_path: Path, method: str, path: str) -> None:
-    things = await belongings(api, tmp_path)
+async def test_somebody_elses_things_are_absent(
+    api: Api, things: dict[str, str], method: str, path: str
+) -> None:
     url = filled(path, things)
     error_of(await ask(api.nobody, method, url), 401)
     theirs = await ask(api.bob, method, url)
@@ -92,8 +108,7 @@ async def test_somebody_elses_things_are_absent(api: Api, tmp_path: Path, method
     assert (await ask(api.ann, method, url)).status_code != 404
 
 
-async def test_what_lists_things_lists_ones_own(api: Api, tmp_path: Path) -> None:
-    things = await belongings(api, tmp_path)
+async def test_what_lists_things_lists_ones_own(api: Api, things: dict[str, str]) -> None:
     for path in [path for method, path in OPERATIONS if method == "GET" and "{" not in path]:
         answer = await api.bob.get(path)
         for text in ("ann-secret", things["job_id"], things["dataset_id"]):
@@ -109,8 +124,7 @@ async def test_no_route_without_a_key(api: Api) -> None:
             error_of(answer, 401)
 
 
-async def test_no_cursor_of_somebody_elses(api: Api, tmp_path: Path) -> None:
-    things = await belongings(api, tmp_path)
+async def test_no_cursor_of_somebody_elses(api: Api, things: dict[str, str]) -> None:
     for path, thing, status in (
         ("/jobs", "job_id", 422),
         ("/datasets", "dataset_id", 422),
@@ -129,8 +143,7 @@ async def test_no_cursor_of_somebody_elses(api: Api, tmp_path: Path) -> None:
         assert error["param"] == "after"
 
 
-async def test_no_part_of_somebody_elses_upload(api: Api, tmp_path: Path) -> None:
-    things = await belongings(api, tmp_path)
+async def test_no_part_of_somebody_elses_upload(api: Api, things: dict[str, str]) -> None:
     parts = f"/v1/uploads/{things['upload_id']}/parts"
     anns = (await api.ann.post(parts, files={"data": ("p", b"x")})).json()["id"]
     wanted = {"filename": "bob", "bytes": 1, "purpose": "fine-tune", "mime_type": "text/plain"}
@@ -142,8 +155,7 @@ async def test_no_part_of_somebody_elses_upload(api: Api, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/estimate"])
-async def test_no_data_of_somebody_elses(api: Api, tmp_path: Path, field: str, path: str) -> None:
-    things = await belongings(api, tmp_path)
+async def test_no_data_of_somebody_elses(api: Api, things: dict[str, str], field: str, path: str) -> None:
     spec: dict[str, Any] = {**SPEC, field: {"source": "file", "file_id": things["dataset_id"]}}
     for client in (api.bob, api.root):  # an admin sees others' files, and trains on none
         assert error_of(await client.post(path, json=spec), 422)["param"] == f"{field}.file_id"

@@ -67,12 +67,12 @@ async def _are_open(api: Api, count: int) -> bool:
     return sum(api.context.open_requests._open.values()) == count
 
 
-async def test_filters_are_no_more_than_metadata_has(api: Api) -> None:
+async def test_filters_are_no_more_than_metadata_has(shared_api: Api) -> None:
     query = "&".join(f"metadata[k{n}]=v" for n in range(16))
-    assert (await api.ann.get(f"/jobs?{query}")).status_code == 200
+    assert (await shared_api.ann.get(f"/jobs?{query}")).status_code == 200
     for more in (1, 3000):
         long = query + "".join(f"&metadata[m{n}]=v" for n in range(more))
-        assert error_of(await api.ann.get(f"/jobs?{long}"), 422)["param"] == "metadata"
+        assert error_of(await shared_api.ann.get(f"/jobs?{long}"), 422)["param"] == "metadata"
 
 
 HEAVY: dict[str, bytes] = {
@@ -93,9 +93,9 @@ HEAVY: dict[str, bytes] = {
 
 @pytest.mark.parametrize("body", HEAVY.values(), ids=HEAVY)
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/estimate"])
-async def test_a_heavy_spec_is_refused_at_once(api: Api, path: str, body: bytes) -> None:
+async def test_a_heavy_spec_is_refused_at_once(shared_api: Api, path: str, body: bytes) -> None:
     started = time.process_time()
-    answer = await api.ann.post(path, content=body)
+    answer = await shared_api.ann.post(path, content=body)
     assert answer.status_code in (400, 413, 422), answer.text
     assert len(answer.content) < 4000
     assert time.process_time() - started < 5
@@ -184,6 +184,6 @@ async def test_names_of_uploads_are_words_and_nothing_more(api: Api, filename: s
         assert "x-evil" not in answer.headers
 
 
-async def test_every_answer_is_what_it_says_it_is(api: Api) -> None:
+async def test_every_answer_is_what_it_says_it_is(shared_api: Api) -> None:
     for path in ("/jobs", "/nothing", "/healthz", "/docs", "/openapi.json"):
-        assert (await api.ann.get(path)).headers["x-content-type-options"] == "nosniff"
+        assert (await shared_api.ann.get(path)).headers["x-content-type-options"] == "nosniff"

@@ -18,6 +18,11 @@ PATIENCE = 10.0
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 
 
+@pytest.fixture(scope="module")
+def live(shared_live: Live) -> Live:
+    return shared_live
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.4)

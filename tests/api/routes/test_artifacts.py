@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
 from shared.settings import Settings
-from tests.api.conftest import SPEC, Api, Live, error_of, publish
-from tests.conftest import wait_for
+from shared.valkey import EmbeddedValkey
+from tests.api.conftest import SPEC, Api, Live, create_keys, error_of, publish, started
+from tests.conftest import Databases, wait_for
 from tests.proxy import Proxy
 from tests.s3 import S3Server
 
@@ -30,23 +32,60 @@ def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
     return settings.model_copy(update={"artifacts_url": request.getfixturevalue("s3_url")})
 
 
-@pytest.fixture
-async def url(api: Api, tmp_path: Path) -> str:
-    """The address of a complete file with CONTENT."""
+@dataclass
+class Kept:
+    """A complete file with CONTENT, its address, and what answers there."""
+
+    api: Api
+    url: str
+
+
+@pytest.fixture(scope="module", params=[pytest.param("folder", id=pytest.HIDDEN_PARAM), "s3"])
+async def kept(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    valkey: EmbeddedValkey,
+    databases: Databases,
+) -> AsyncIterator[Kept]:
+    """One for all that only read it, in each kind of store."""
+    folder = tmp_path_factory.mktemp("kept")
+    url = databases.create()
+    settings = Settings(data_dir=folder / "data", database_url=url, redis_url=valkey.url)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "s3":
+            server: S3Server = request.getfixturevalue("s3_server")
+            for name, value in server.environment().items():
+                patch.setenv(name, value)
+            settings = settings.model_copy(update={"artifacts_url": server.bucket()})
+        database = databases.open(settings)
+        async with started(settings, database, create_keys(database)) as api:
+            yield Kept(api, await publish_content(api, folder))
+        database.close()
+    databases.drop(url)
+
+
+async def publish_content(api: Api, folder: Path) -> str:
     job_id = await api.create()
-    api.publish(job_id, "adapter.tar", CONTENT, tmp_path)
+    api.publish(job_id, "adapter.tar", CONTENT, folder)
     return f"/jobs/{job_id}/artifacts/adapter.tar"
 
 
-async def test_a_file_is_listed_and_downloaded(api: Api, url: str) -> None:
-    listed = (await api.ann.get(url.removesuffix("/adapter.tar"))).json()["data"]
+@pytest.fixture
+async def url(api: Api, tmp_path: Path) -> str:
+    """The address of a complete file with CONTENT."""
+    return await publish_content(api, tmp_path)
+
+
+async def test_a_file_is_listed_and_downloaded(kept: Kept) -> None:
+    listed = (await kept.api.ann.get(kept.url.removesuffix("/adapter.tar"))).json()["data"]
     digest = hashlib.sha256(CONTENT).hexdigest()
     assert listed[0].pop("created_at").endswith("Z")
     assert listed == [
-        {"name": "adapter.tar", "kind": "adapter", "bytes": len(CONTENT), "sha256": digest, "url": url}
+        {"name": "adapter.tar", "kind": "adapter", "bytes": len(CONTENT), "sha256": digest, "url": kept.url}
     ]
-    assert (await api.ann.get(url.partition("/artifacts")[0])).json()["artifacts"][0]["url"] == url
-    answer = await api.ann.get(url)
+    job = (await kept.api.ann.get(kept.url.partition("/artifacts")[0])).json()
+    assert job["artifacts"][0]["url"] == kept.url
+    answer = await kept.api.ann.get(kept.url)
     assert (answer.status_code, answer.content) == (200, CONTENT)
     headers = answer.headers
     assert headers["etag"] == f'"{digest}"'
@@ -56,12 +95,12 @@ async def test_a_file_is_listed_and_downloaded(api: Api, url: str) -> None:
     assert headers["content-length"] == str(len(CONTENT))
 
 
-async def test_head_tells_the_same_without_the_file(api: Api, url: str) -> None:
-    head, get = await api.ann.head(url), await api.ann.get(url)
+async def test_head_tells_the_same_without_the_file(kept: Kept) -> None:
+    head, get = await kept.api.ann.head(kept.url), await kept.api.ann.get(kept.url)
     assert (head.status_code, head.content) == (200, b"")
     same = ("etag", "content-length", "content-type", "accept-ranges", "content-disposition")
     assert [head.headers[name] for name in same] == [get.headers[name] for name in same]
-    assert (await api.bob.head(url)).status_code == 404
+    assert (await kept.api.bob.head(kept.url)).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -80,8 +119,8 @@ async def test_head_tells_the_same_without_the_file(api: Api, url: str) -> None:
         ("Bytes= 5 - 9 ", 5, 10),
     ],
 )
-async def test_parts(api: Api, url: str, asked: str, start: int, end: int) -> None:
-    answer = await api.ann.get(url, headers={"Range": asked})
+async def test_parts(kept: Kept, asked: str, start: int, end: int) -> None:
+    answer = await kept.api.ann.get(kept.url, headers={"Range": asked})
     assert answer.status_code == 206
     assert answer.content == CONTENT[start:end]
     assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
@@ -95,8 +134,8 @@ async def test_parts(api: Api, url: str, asked: str, start: int, end: int) -> No
         "bytes=" + "9" * 20 + "-", "bytes=" + "9" * 5000 + "-", "bytes=" + "9" * 30 + "-" + "9" * 31,
     ],
 )  # fmt: skip
-async def test_parts_beyond_the_end(api: Api, url: str, asked: str) -> None:
-    answer = await api.ann.get(url, headers={"Range": asked})
+async def test_parts_beyond_the_end(kept: Kept, asked: str) -> None:
+    answer = await kept.api.ann.get(kept.url, headers={"Range": asked})
     assert error_of(answer, 416)["code"] == "range_not_satisfiable"
     assert answer.headers["content-range"] == f"bytes */{len(CONTENT)}"
 
@@ -105,21 +144,21 @@ async def test_parts_beyond_the_end(api: Api, url: str, asked: str) -> None:
     "asked",
     ["bytes=0-1,5-6", "bytes=5-1", "bytes=-", "bytes=a-b", "items=0-1", "", "bytes=" + "9" * 30 + "-5"],
 )
-async def test_ranges_that_are_answered_with_the_whole_file(api: Api, url: str, asked: str) -> None:
-    answer = await api.ann.get(url, headers={"Range": asked})
+async def test_ranges_that_are_answered_with_the_whole_file(kept: Kept, asked: str) -> None:
+    answer = await kept.api.ann.get(kept.url, headers={"Range": asked})
     assert (answer.status_code, answer.content) == (200, CONTENT)
 
 
-async def test_conditions(api: Api, url: str) -> None:
-    etag = (await api.ann.head(url)).headers["etag"]
+async def test_conditions(kept: Kept) -> None:
+    etag = (await kept.api.ann.head(kept.url)).headers["etag"]
     for tags in (etag, f'"other", {etag}', f"W/{etag}", "*"):
-        answer = await api.ann.get(url, headers={"If-None-Match": tags})
+        answer = await kept.api.ann.get(kept.url, headers={"If-None-Match": tags})
         assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag)
-    assert (await api.ann.get(url, headers={"If-None-Match": '"other"'})).status_code == 200
+    assert (await kept.api.ann.get(kept.url, headers={"If-None-Match": '"other"'})).status_code == 200
     part = {"Range": "bytes=0-9"}
-    assert (await api.ann.get(url, headers=part | {"If-Range": etag})).status_code == 206
+    assert (await kept.api.ann.get(kept.url, headers=part | {"If-Range": etag})).status_code == 206
     for other in ('"other"', "Wed, 21 Oct 2015 07:28:00 GMT", f"W/{etag}"):
-        assert (await api.ann.get(url, headers=part | {"If-Range": other})).content == CONTENT
+        assert (await kept.api.ann.get(kept.url, headers=part | {"If-Range": other})).content == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -127,17 +166,17 @@ async def test_conditions(api: Api, url: str) -> None:
     ["absent.tar", "..", "%2e%2e", "..%2fadapter.tar", "%2fetc%2fpasswd", "%00", "adapter.tar%00", ".",
      "a%5cb", "adapter.tar/", "ADAPTER.TAR", "x" * 3000, "%ff", "adapter.tar%0a"],
 )  # fmt: skip
-async def test_names_that_are_none(api: Api, url: str, name: str) -> None:
-    folder = url.removesuffix("adapter.tar")
-    answer = await api.ann.get(httpx.URL(f"http://localhost{folder}{name}"))
+async def test_names_that_are_none(kept: Kept, name: str) -> None:
+    folder = kept.url.removesuffix("adapter.tar")
+    answer = await kept.api.ann.get(httpx.URL(f"http://localhost{folder}{name}"))
     # httpx resolves `..` and `.` itself: then a list answers, and never a file.
     assert answer.status_code in (200, 307, 404)
     assert "content-disposition" not in answer.headers
 
 
-async def test_an_unfinished_file_is_absent(api: Api, url: str) -> None:
-    job_id = url.split("/")[2]
-    error = error_of(await api.ann.get(f"/jobs/{job_id}/artifacts/merged_16bit.tar"), 404)
+async def test_an_unfinished_file_is_absent(kept: Kept) -> None:
+    job_id = kept.url.split("/")[2]
+    error = error_of(await kept.api.ann.get(f"/jobs/{job_id}/artifacts/merged_16bit.tar"), 404)
     assert error["code"] == "artifact_not_found"
     assert "adapter.tar" in error["message"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.settings import Settings
 from tests.api.conftest import SPEC, Api, error_of
 
 pytestmark = pytest.mark.anyio
@@ -75,6 +75,11 @@ WRONG: list[tuple[str, str, str | None]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def api(shared_api: Api) -> Api:
+    return shared_api
+
+
 @pytest.mark.parametrize("body", MALFORMED, ids=lambda b: repr(b[:24]))
 async def test_a_body_that_is_no_json(api: Api, body: bytes) -> None:
     for path in ("/jobs", "/jobs/estimate"):
@@ -139,9 +144,9 @@ async def test_a_spec_of_100_thousand_fields(api: Api) -> None:
     assert len(error["message"]) < 1000
 
 
-async def test_the_servers_limits(api: Api, settings: Settings) -> None:
+async def test_the_servers_limits(api: Api) -> None:
     for spec, param in (
-        ({"max_samples": settings.max_samples + 1}, "max_samples"),
+        ({"max_samples": api.context.settings.max_samples + 1}, "max_samples"),
         ({"max_seq_length": 9000}, "max_seq_length"),
         (
             {"training": {"per_device_train_batch_size": 256, "gradient_accumulation_steps": 1000}},
@@ -152,13 +157,14 @@ async def test_the_servers_limits(api: Api, settings: Settings) -> None:
         assert error_of(await api.ann.post("/jobs", json=SPEC | spec), 422)["param"] == param
 
 
-async def test_models_that_can_not_be_used(api: Api, settings: Settings, tmp_path: Path) -> None:
+async def test_models_that_can_not_be_used(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pickled = tmp_path / "models" / "pickled"
     pickled.mkdir(parents=True)
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    rooted = settings.model_copy(update={"models_root": tmp_path / "models", "model_allow": "local/*"})
-    api.app.state.context = type(api.context)(**{**api.context.__dict__, "settings": rooted})
+    context = api.context
+    rooted = {"models_root": tmp_path / "models", "model_allow": "local/*"}
+    api.app.state.context = replace(context, settings=context.settings.model_copy(update=rooted))
     for model, code in (
         ("local/pickled", "model_unsafe"),
         ("local/absent", "model_not_found"),
@@ -167,6 +173,7 @@ async def test_models_that_can_not_be_used(api: Api, settings: Settings, tmp_pat
         error = error_of(await api.ann.post("/jobs", json={"model": model}), 422)
         assert (error["code"], error["param"]) == (code, "model")
     assert (await api.ann.get("/models")).json()["data"] == []
+    api.app.state.context = context
 
 
 async def test_a_body_over_the_limit(api: Api) -> None:

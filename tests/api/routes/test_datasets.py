@@ -95,16 +95,16 @@ def _parquet(rows: int) -> bytes:
     ids=["gzip", "zstd", "parquet", "broken row", "broken gzip", "broken parquet"],
 )
 async def test_a_small_packed_file_is_looked_into_elsewhere_and_waited_for(
-    api: Api, content: bytes, status: str, monkeypatch: pytest.MonkeyPatch
+    shared_api: Api, content: bytes, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def here(*_: Any) -> None:
         pytest.fail("must not be unpacked in the API's process")
 
     monkeypatch.setattr(files, "inspect", here)
     monkeypatch.setattr(files, "LOOK_SECONDS", 30.0)
-    found = (await upload(api, content)).json()
+    found = (await upload(shared_api, content)).json()
     assert found["status"] == status, found
-    assert (await api.ann.get(f"/datasets/{found['id']}")).json() == found
+    assert (await shared_api.ann.get(f"/datasets/{found['id']}")).json() == found
 
 
 async def test_a_small_packed_file_is_waited_for_no_longer_than_seconds(
@@ -152,8 +152,8 @@ def _change(api: Api, settings: Settings) -> None:
         (b"{" * 100_000, "line 1"),
     ],
 )
-async def test_a_file_that_can_not_be_used_says_why(api: Api, content: bytes, words: str) -> None:
-    answer = await upload(api, content)
+async def test_a_file_that_can_not_be_used_says_why(shared_api: Api, content: bytes, words: str) -> None:
+    answer = await upload(shared_api, content)
     assert answer.status_code == 201
     found = answer.json()
     assert (found["status"], found["report"]) == ("error", None)
@@ -181,32 +181,32 @@ async def test_no_file_and_an_empty_file(api: Api, settings: Settings) -> None:
         b"--x\r\n" + b"A" * 10_000 + b": b\r\n\r\n",
     ],
 )
-async def test_forms_that_are_broken(api: Api, settings: Settings, body: bytes) -> None:
-    answer = await api.ann.post(
+async def test_forms_that_are_broken(shared_api: Api, body: bytes) -> None:
+    answer = await shared_api.ann.post(
         "/datasets", content=body, headers={"content-type": "multipart/form-data; boundary=x"}
     )
     assert answer.status_code in (400, 422)
     error_of(answer, answer.status_code)
-    assert left_in(settings) == []
+    assert left_in(shared_api.context.settings) == []
 
 
 @pytest.mark.parametrize("length", [257, 5000])
-async def test_a_boundary_that_is_too_long(api: Api, settings: Settings, length: int) -> None:
+async def test_a_boundary_that_is_too_long(shared_api: Api, length: int) -> None:
     boundary = "b" * length
     part = 'Content-Disposition: form-data; name="file"; filename="a"'
     body = f"--{boundary}\r\n{part}\r\n\r\nx\r\n--{boundary}--"
     headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
-    answer = await api.ann.post("/datasets", content=body, headers=headers)
+    answer = await shared_api.ann.post("/datasets", content=body, headers=headers)
     assert error_of(answer, 400)["code"] == "malformed_multipart"
-    assert left_in(settings) == []
+    assert left_in(shared_api.context.settings) == []
 
 
-async def test_fields_come_in_any_order(api: Api) -> None:
+async def test_fields_come_in_any_order(shared_api: Api) -> None:
     for order in (["format", "name", "file"], ["file", "name", "format"]):
         values: dict[str, Any] = {
             "format": (None, "messages"), "name": (None, "My rows"), "file": ("a.jsonl", ROWS),
         }  # fmt: skip
-        answer = await api.ann.post("/datasets", files=[(name, values[name]) for name in order])
+        answer = await shared_api.ann.post("/datasets", files=[(name, values[name]) for name in order])
         assert answer.status_code == 201, answer.text
         assert (answer.json()["filename"], answer.json()["format"]) == ("My rows", "messages")
 
@@ -262,13 +262,13 @@ async def test_a_full_disk(api: Api, settings: Settings, monkeypatch: pytest.Mon
     assert left_in(settings) == []
 
 
-async def test_datasets_belong_to_their_owner(api: Api) -> None:
-    dataset_id = (await upload(api, ROWS)).json()["id"]
-    error_of(await api.bob.get(f"/datasets/{dataset_id}"), 404)
-    error_of(await api.bob.delete(f"/datasets/{dataset_id}"), 404)
-    assert (await api.bob.get("/datasets")).json()["data"] == []
-    error_of(await api.bob.get(f"/datasets?after={dataset_id}"), 422)
-    assert (await api.root.get(f"/datasets/{dataset_id}")).status_code == 200
+async def test_datasets_belong_to_their_owner(shared_api: Api) -> None:
+    dataset_id = (await upload(shared_api, ROWS)).json()["id"]
+    error_of(await shared_api.bob.get(f"/datasets/{dataset_id}"), 404)
+    error_of(await shared_api.bob.delete(f"/datasets/{dataset_id}"), 404)
+    assert (await shared_api.bob.get("/datasets")).json()["data"] == []
+    error_of(await shared_api.bob.get(f"/datasets?after={dataset_id}"), 422)
+    assert (await shared_api.root.get(f"/datasets/{dataset_id}")).status_code == 200
 
 
 async def test_lists_are_paged(api: Api) -> None:
