@@ -74,8 +74,12 @@ def _tokenizer() -> Any:
 @pytest.fixture
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks and tools are forked from a process that has torch loaded, and don't import it again."""
+    fork_tools(monkeypatch)
+
+
+def fork_tools(patch: pytest.MonkeyPatch) -> None:
     for module in ("ranks", "processes"):
-        monkeypatch.setattr(f"worker.training.{module}.subprocess", fork_programs())
+        patch.setattr(f"worker.training.{module}.subprocess", fork_programs())
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def make_spec(training: dict[str, Any] | None = None, **fields: Any) -> JobSpec:
     values: dict[str, Any] = {
         "model": "local/tiny",
         "dataset": {"source": "file", "file_id": "file-" + "a" * 24, "format": "messages"},
-        "max_seq_length": 512,
+        "max_seq_length": 256,
         "training": short | (training or {}),
     }
     return JobSpec.model_validate_json(json.dumps(values | fields))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cyllama.llama.llama_cpp import LlamaModel, disable_logging
 
 from shared.spec import BUNDLED_MODEL
 from tests.worker.training.samples import Running, make_spec, new_workdir, run_job
+from tests.worker.training.warm import Popen
 from worker.training.bundled import FOLDER_NAME, GGUF_NAME, bundled_model
 from worker.training.generate import generate
 from worker.training.workdir import Workdir
@@ -32,15 +32,19 @@ TEXTS = (
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that two processes fill at the same time."""
     cache = tmp_path_factory.mktemp("cache")
-    code = (
+    script = tmp_path_factory.mktemp("script") / "make.py"
+    script.write_text(
         "import sys; from pathlib import Path; from worker.training.bundled import bundled_model\n"
         "class Go:\n    def check(self): pass\n"
         "print(bundled_model(Path(sys.argv[1]), Go()))"
     )
-    command = [sys.executable, "-c", code, str(cache)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
-    said = [process.communicate(timeout=300)[0].decode().strip() for process in both]
-    assert said == [str(cache / FOLDER_NAME)] * 2
+    said = [script.with_name(f"said-{number}") for number in range(2)]
+    both = []
+    for path in said:
+        with path.open("wb") as out:
+            both.append(Popen([sys.executable, "-P", str(script), str(cache)], stdout=out))
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert [path.read_text().strip() for path in said] == [str(cache / FOLDER_NAME)] * 2
     return cache
 
 

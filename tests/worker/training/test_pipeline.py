@@ -18,6 +18,7 @@ from gguf import GGUFReader
 from shared.errors import JobFailure, JobStopped
 from shared.events import Artifact, MemorySink, Progress
 from shared.lifecycle import FailureCode, Phase
+from tests.worker.training.conftest import fork_tools
 from tests.worker.training.samples import Outcome, Running, make_spec, new_workdir, run_job
 from worker.training.exports import gguf
 
@@ -31,7 +32,9 @@ def full(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Outcome:
     """One job with all exports."""
     folder = tmp_path_factory.mktemp("full")
     spec = make_spec({"max_steps": 6}, exports=EXPORTS, name="Tides")
-    return run_job(spec, new_workdir(folder, tiny_model))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_tools(patch)
+        return run_job(spec, new_workdir(folder, tiny_model))
 
 
 @pytest.fixture(scope="module")

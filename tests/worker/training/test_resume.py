@@ -38,7 +38,7 @@ from worker.training.pipeline import run
 pytestmark = pytest.mark.train
 
 # Six packed rows, two a step: epochs end at steps 3, 6 and 9.
-ROWS, HELD_OUT = 50, 0.2
+ROWS, HELD_OUT = 25, 0.2
 DURATIONS = {"tokens_per_second"}
 
 
