@@ -14,14 +14,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, cast
 
 import psutil
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.worker.training.warm_stack"])
+multiprocessing.set_forkserver_preload(["tests.worker.training.warm_stack"])
+_CONTEXT: BaseContext = multiprocessing.get_context("forkserver")
 
 
 class Popen:
@@ -96,6 +97,9 @@ def running() -> list[psutil.Process]:
 
 
 def _run(streams: list[Connection], command: list[str], environment: dict[str, str], folder: str) -> None:
+    global _CONTEXT  # noqa: PLW0603
+    # It has torch loaded itself, and what it starts is forked from it.
+    _CONTEXT = multiprocessing.get_context("fork")
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
         stream.close()
