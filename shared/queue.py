@@ -7,6 +7,7 @@ executed: a lost, doubled or forged message makes a supervisor look into the dat
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 from redis import Redis, RedisError
@@ -17,7 +18,7 @@ from rq.exceptions import DequeueTimeout, DeserializationError, NoSuchJobError
 from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
-from shared.ids import JOB_ID
+from shared.ids import JOB_ID, new_token
 
 QUEUE = "tuneyard"
 TASK = "worker.doorbell.answer"
@@ -26,6 +27,8 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 READ_TIMEOUT_SECONDS = 6.0
 # A doorbell that nobody answered for a day tells nothing that the database does not.
 MESSAGE_TTL_SECONDS = 86_400
+# Longer than anybody waits.
+INTERRUPTION_SECONDS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class Doorbell:
             retry=Retry(NoBackoff(), 0),
         )
         self._queue = Queue(QUEUE, connection=self.redis, serializer=JSONSerializer, job_class=Message)
+        self._interruption = f"{self._queue.key}:{new_token()}"
 
     def ring(self, job_id: str) -> bool:
         """Wake a supervisor for this job; False when Redis did not take the message."""
@@ -108,8 +112,12 @@ class Doorbell:
             RedisError: Redis is away.
         """
         try:
-            _, message_id = Queue.lpop([self._queue.key], seconds, connection=self._reader)
+            key, message_id = Queue.lpop(
+                [self._interruption, self._queue.key], seconds, connection=self._reader
+            )
         except DequeueTimeout:
+            return None
+        if key.decode() == self._interruption:
             return None
         try:
             message = Message.fetch(message_id.decode(), connection=self.redis, serializer=JSONSerializer)
@@ -124,6 +132,13 @@ class Doorbell:
         if told is None:
             logger.warning("Dropped a queue message that is no doorbell: %r", message.id)
         return told
+
+    def interrupt(self) -> None:
+        """End a `wait` of another thread at once; with Redis away, it ends by itself."""
+        with suppress(RedisError), self.redis.pipeline() as pipeline:
+            pipeline.rpush(self._interruption, "")
+            pipeline.expire(self._interruption, INTERRUPTION_SECONDS)
+            pipeline.execute()
 
     def depth(self) -> int | None:
         """Messages that wait, or None with Redis away."""

@@ -30,6 +30,7 @@ class Listener:
 
     def stop(self) -> None:
         self._stopping.set()
+        self._doorbell.interrupt()
         self._thread.join(timeout=READ_TIMEOUT_SECONDS + 1)
 
     def _run(self) -> None:

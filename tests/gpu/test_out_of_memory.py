@@ -54,6 +54,7 @@ def test_a_plan_that_is_too_large_is_followed_by_cheaper_ones(
     start(
         module="worker.child",
         devices=[whole],
+        forked=False,
         gpu_memory_fraction=(CAP_GIB << 30) / whole.memory_bytes,
         lease_seconds=60.0,
     )

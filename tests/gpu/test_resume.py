@@ -59,7 +59,13 @@ def test_a_job_of_unsloth_whose_process_is_killed_goes_on(
     start: Start, database: Database, settings: Settings, tmp_path: Path, tiny_model: Path
 ) -> None:
     """Under a supervisor, for Unsloth must be the first that its process imports."""
-    start(module="worker.child", devices=probe_gpus()[:1], models_root=tiny_model.parent, lease_seconds=60.0)
+    start(
+        module="worker.child",
+        devices=probe_gpus()[:1],
+        forked=False,
+        models_root=tiny_model.parent,
+        lease_seconds=60.0,
+    )
     dataset_id = add_dataset(database, settings, write_rows(tmp_path / "rows.jsonl", conversations(400)))
     shape = ModelShape.from_config(json.loads((tiny_model / "config.json").read_text()))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from rq.serializers import JSONSerializer, PickleSerializer
 from shared.ids import new_job_id
 from shared.queue import QUEUE, TASK, Doorbell
 from shared.valkey import EmbeddedValkey
-from tests.conftest import wait_for
+from tests.conftest import PATIENCE, wait_for
 
 
 @pytest.fixture
@@ -35,6 +37,19 @@ def test_a_ring_arrives_once_with_its_id(doorbell: Doorbell) -> None:
     assert doorbell.wait(1) == job_id
     assert doorbell.depth() == 0
     assert list(doorbell.redis.scan_iter("rq:job:*")) == []
+
+
+def test_whoever_waits_can_be_called_off(doorbell: Doorbell) -> None:
+    told: list[str | None] = []
+    thread = threading.Thread(target=lambda: told.append(doorbell.wait(5)))
+    began = time.monotonic()
+    thread.start()
+    wait_for(lambda: doorbell.redis.info("clients")["blocked_clients"])
+    doorbell.interrupt()
+    thread.join(PATIENCE)
+    assert (told, time.monotonic() - began < 4) == ([None], True)
+    assert doorbell.ring(job_id := new_job_id())
+    assert doorbell.wait(1) == job_id
 
 
 def test_no_message_is_no_answer(doorbell: Doorbell) -> None:

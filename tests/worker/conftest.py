@@ -12,6 +12,7 @@ from shared.device import Device
 from shared.queue import Doorbell
 from shared.settings import Settings
 from tests.conftest import PATIENCE
+from tests.worker.training.warm import fork_programs
 from worker.supervisor import Supervisor
 
 CPU = Device("cpu", 0, "CPU", 8 << 30)
@@ -26,16 +27,23 @@ def doorbell(settings: Settings) -> Iterator[Doorbell]:
 
 
 @pytest.fixture
-def start(settings: Settings, database: Database, doorbell: Doorbell) -> Iterator[Start]:
-    """Start supervisors; all are stopped at the end."""
+def start(
+    settings: Settings, database: Database, doorbell: Doorbell, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Start]:
+    """Start supervisors; all are stopped at the end. Their children are forked from a process that has made
+    the imports, or with `forked=False` started from nothing, as a worker's are."""
     running: list[tuple[Supervisor, threading.Thread]] = []
 
     def begin(
         slots: int = 1,
         module: str = "tests.worker.fake_child",
         devices: list[Device] | None = None,
+        *,
+        forked: bool = True,
         **changes: object,
     ) -> Supervisor:
+        if forked:
+            monkeypatch.setattr("worker.process.subprocess", fork_programs())
         devices = devices or [Device("cpu", n, "CPU", 8 << 30) for n in range(slots)]
         supervisor = Supervisor(settings.model_copy(update=changes), database, doorbell, devices, module)
         thread = threading.Thread(target=supervisor.run)

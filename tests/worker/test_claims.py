@@ -254,7 +254,7 @@ def test_a_job_that_is_out_of_plans_fails_at_once_on_however_many_gpus(
 
 
 def test_the_child_sees_its_first_gpu_and_knows_the_others(start: Start, database: Database) -> None:
-    start(devices=[SMALL, LARGE], standby="auto")
+    start(devices=[SMALL, LARGE], forked=False, standby="auto")
     job_id = make_job(database, name="forever 10", gpus=2)
     behind = make_job(database, name="forever 10")
     pid = wait_for(lambda: child_pid(database, job_id))

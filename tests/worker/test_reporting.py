@@ -276,7 +276,7 @@ def test_credentials_stay_with_the_reporter(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    start()
+    start(forked=False)
     running = make_job(database, name="forever", report_to=["wandb"])
     doorbell.ring(running)
     pid = wait_for(lambda: child_pid(database, running))

@@ -90,7 +90,7 @@ def test_a_failure_repeats_no_secret(start: Start, database: Database, sealed: N
 def test_a_secret_is_in_no_environment_or_command_that_others_see(
     start: Start, database: Database, sealed: None
 ) -> None:
-    start()
+    start(forked=False)
     job_id = make_job(database, owner="ann", name="forever")
 
     def look() -> int | None:

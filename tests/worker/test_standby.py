@@ -85,7 +85,7 @@ def standing_by(but: int | None = None) -> int | None:
 def test_a_job_gets_the_process_that_waited_and_the_next_one_another(
     start: Start, database: Database, settings: Settings
 ) -> None:
-    start(standby="auto")
+    start(forked=False, standby="auto")
     waiting = wait_for(standing_by)
     job_id = make_job(database, name="forever")
     assert wait_for(lambda: child_pid(database, job_id)) == waiting
@@ -103,7 +103,7 @@ def test_a_job_that_comes_before_the_imports_are_done_is_not_lost(
     start: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_TEST_SLOW_IMPORT_SECONDS", "6")
-    start(standby="auto", lease_seconds=4)
+    start(forked=False, standby="auto", lease_seconds=4)
     job_id = make_job(database)
     job = wait_status(database, job_id, "succeeded", "failed")
     assert (job.status, job.attempt) == ("succeeded", 1)
@@ -113,7 +113,7 @@ def test_a_job_that_comes_before_the_imports_are_done_is_not_lost(
 def test_a_standby_that_died_is_replaced_and_all_end_with_their_supervisor(
     start: Start, settings: Settings
 ) -> None:
-    supervisor = start(standby="auto")
+    supervisor = start(forked=False, standby="auto")
     first = wait_for(standing_by)
     os.kill(first or 0, 9)
     second = wait_for(lambda: standing_by(but=first))

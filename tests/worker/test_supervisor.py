@@ -63,7 +63,7 @@ def cancel(database: Database, doorbell: Doorbell, job_id: str) -> None:
 def test_a_job_runs_to_its_end(
     start: Start, database: Database, settings: Settings, doorbell: Doorbell
 ) -> None:
-    start()
+    start(forked=False)
     job_id = make_job(database, name="succeed", max_samples=10)
     doorbell.ring(job_id)
     job = wait_status(database, job_id, "succeeded", "failed")
@@ -271,7 +271,7 @@ def test_the_child_sees_no_secret_of_the_worker(
     monkeypatch.setenv("SOME_SERVICE_PASSWORD", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "store-secret")
     monkeypatch.setenv("HF_HOME", "/somewhere")
-    start()
+    start(forked=False)
     job_id = make_job(database, name="forever")
     pid = wait_for(lambda: child_pid(database, job_id))
     assert pid is not None

@@ -12,7 +12,10 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -23,10 +26,12 @@ import psutil
 
 multiprocessing.set_forkserver_preload(["tests.worker.training.warm_stack"])
 _CONTEXT: BaseContext = multiprocessing.get_context("forkserver")
+# The first that asks takes a program's exit code off its pipe, and starting one asks of all others.
+_LOCK = threading.RLock()
 
 
 class Popen:
-    """As much of `subprocess.Popen` as the pipeline uses."""
+    """As much of `subprocess.Popen` as the worker and the pipeline use."""
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class Popen:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         text: bool = False,
+        start_new_session: bool = False,
     ) -> None:
         assert command[0] == sys.executable
         assert text or stdin != subprocess.PIPE
@@ -49,26 +55,34 @@ class Popen:
         else:
             read = os.open(os.devnull, os.O_RDONLY)
         outputs = [os.dup(out.fileno() if out else number) for number, out in ((1, stdout), (2, stderr))]
-        streams = [Connection(file) for file in (read, *outputs)]
+        begun, begins = _CONTEXT.Pipe(duplex=False)
+        streams = [*(Connection(file) for file in (read, *outputs)), begins]
         where = str(cwd or Path.cwd())
         self._process = _CONTEXT.Process(
-            target=_run, args=(streams, command[1:], dict(os.environ if env is None else env), where)
+            target=_run,
+            args=(streams, start_new_session, command[1:], dict(os.environ if env is None else env), where),
         )
-        self._process.start()
+        with _LOCK:
+            self._process.start()
         for stream in streams:
             stream.close()
+        # From here on it is in a session of its own.
+        with begun, suppress(EOFError):
+            begun.recv_bytes()
         self.pid = cast("int", self._process.pid)
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        return self.poll()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        with _LOCK:
+            return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        code = self._process.exitcode
+        if (code := self.poll()) is None:
+            connection.wait([self._process.sentinel], timeout)
+            code = self.poll()
         if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
@@ -90,16 +104,23 @@ def fork_programs() -> SimpleNamespace:
 def running() -> list[psutil.Process]:
     """Programs that were forked and haven't ended."""
     found = []
-    for process in multiprocessing.active_children():
+    with _LOCK:
+        processes = multiprocessing.active_children()
+    for process in processes:
         assert process.pid is not None
         found.append(psutil.Process(process.pid))
     return found
 
 
-def _run(streams: list[Connection], command: list[str], environment: dict[str, str], folder: str) -> None:
+def _run(
+    streams: list[Connection], session: bool, command: list[str], environment: dict[str, str], folder: str
+) -> None:
     global _CONTEXT  # noqa: PLW0603
     # It has torch loaded itself, and what it starts is forked from it.
     _CONTEXT = multiprocessing.get_context("fork")
+    if session:
+        os.setsid()
+    streams.pop().close()
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
         stream.close()
