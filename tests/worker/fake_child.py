@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from worker.training.workdir import Workdir
 
 # A pipeline that is never stopped ends by itself: nothing outlives a test that failed.
 AT_MOST_SECONDS = 300
+STEP_SECONDS = 0.1
 
 
 def pipeline(
@@ -70,7 +72,8 @@ def pipeline(
         _run_out_of_memory(workdir, sink, attempts=int((spec.name or "").split()[1]))
         return _succeed(workdir, sink)
     if word in ("patient", "lasting", "saving"):
-        _train_until_told_to_leave(workdir, sink, control, saves=word == "saving")
+        held = int((spec.name or "").split()[-1])
+        _train_until_told_to_leave(workdir, sink, control, held, saves=word == "saving")
         return {"patient": lambda *_: [], "lasting": _succeed, "saving": _publish_all}[word](workdir, sink)
     if word == "loading":
         sink.phase(Phase.LOADING_MODEL)
@@ -130,19 +133,26 @@ def _run_out_of_memory(workdir: Workdir, sink: EventSink, attempts: int) -> None
 
 
 def _train_until_told_to_leave(
-    workdir: Workdir, sink: EventSink, control: TrainingControl, *, saves: bool
+    workdir: Workdir, sink: EventSink, control: TrainingControl, held: int, *, saves: bool
 ) -> None:
-    """Steps of a second, each with a row; leaves with a checkpoint, and succeeds after five steps."""
+    """Five steps, each with a row; one that is told to leave ends with a checkpoint. In the first attempt the
+    step `held` lasts until then, or until the process gets SIGUSR1."""
+    let_go = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: let_go.set())
+    if not workdir.root.name.startswith("1-"):
+        held = 0
     done = max(complete_checkpoints(workdir.root / FOLDER), default=0)
     sink.log(Entry(f"from step {done}"))
     for step in range(done + 1, 6):
         sink.metrics({"step": step, "loss": 1.0 / step})
         sink.progress(Progress(step=step, total_steps=5, epoch=step / 5))
-        deadline = time.monotonic() + 1
-        while time.monotonic() < deadline:
-            if not control.leaving():
-                control.check()
+        deadline = time.monotonic() + AT_MOST_SECONDS
+        while step == held and not (control.leaving() or let_go.is_set()) and time.monotonic() < deadline:
+            control.check()
             time.sleep(0.01)
+        time.sleep(STEP_SECONDS)
+        if not control.leaving():
+            control.check()
         if saves or control.leaving():
             _checkpoint(workdir, sink, step)
             control.check()

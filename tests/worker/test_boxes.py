@@ -13,10 +13,11 @@ import psutil
 import pytest
 from sqlalchemy.engine import make_url
 
+from shared.clock import utcnow
 from shared.database import Database
 from shared.device import Device
 from shared.queue import Doorbell
-from shared.repository import copies, files, logs
+from shared.repository import copies, files, jobs, logs
 from shared.repository.retention import known_keys
 from shared.settings import Settings
 from shared.storage import Store
@@ -25,7 +26,8 @@ from tests.proxy import Proxy
 from tests.s3 import ACCOUNT, S3Server
 from tests.samples import add_dataset, make_job
 from tests.worker.test_claims import GIB, plan_by_name
-from tests.worker.test_supervisor import child_pid, entries, read, wait_status
+from tests.worker.test_supervisor import child_pid, entries, let_go, read, wait_status
+from tests.worker.training.warm import fork_programs
 from worker import claims, retention
 from worker.supervisor import Supervisor
 
@@ -88,6 +90,7 @@ def begin(
                     "lease_seconds": 10,
                 }
             )
+            monkeypatch.setattr("worker.process.subprocess", fork_programs())
             opened, doorbell = Database(box.database()), Doorbell(box.redis())
             supervisor = Supervisor(box, opened, doorbell, [device], "tests.worker.fake_child")
             thread = threading.Thread(target=supervisor.run)
@@ -133,11 +136,15 @@ def test_a_job_goes_on_at_another_box_and_the_one_that_was_cut_off_changes_nothi
     begin: Begin, settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = begin("box-1", LARGE)
-    job_id = make_job(database, name="saving 60")
+    job_id = make_job(database, name="saving 60 3")
     pid = wait_for(lambda: child_pid(database, job_id))
     wait_for(lambda: copied_step(database, job_id) >= 2)
     first.cut_off()
     step = copied_step(database, job_id)
+    let_go(database, job_id)
+    # As if so much time had passed.
+    with database.write() as session:
+        jobs.lock_job(session, job_id, None).lease_expires_at = utcnow()
     begin("box-2", LARGE)
     job = wait_status(database, job_id, "succeeded")
     assert (job.attempt, job.losses) == (2, 1)
@@ -182,9 +189,10 @@ def test_a_store_that_is_away_for_a_while_costs_no_job(
     begin: Begin, settings: Settings, database: Database
 ) -> None:
     box = begin("box-1", LARGE)
-    job_id = make_job(database, name="lasting 60")
+    job_id = make_job(database, name="lasting 60 1")
     wait_for(lambda: read(database, job_id).progress)
     box.proxies[2].cut()
+    let_go(database, job_id)
     wait_for(lambda: "The artifact store does not answer" in str(entries(database, job_id)))
     box.proxies[2].restore()
     job = wait_status(database, job_id, "succeeded")

@@ -25,7 +25,7 @@ def test_paused_it_is_in_the_store_and_goes_on_from_there(
     start: Start, database: Database, settings: Settings, doorbell: Doorbell
 ) -> None:
     start(store_checkpoints="on")
-    job_id = make_job(database, name="patient")
+    job_id = make_job(database, name="patient 1")
     wait_for(lambda: messages(database, job_id)[-1] == "from step 0")
     pause(database, doorbell, job_id)
     wait_status(database, job_id, "paused")

@@ -12,7 +12,7 @@ from tests.conftest import Databases, wait_for
 from tests.postgresql import PostgreSQL
 from tests.samples import make_job
 from tests.worker.conftest import Start
-from tests.worker.test_supervisor import cancel, entries, read, wait_status
+from tests.worker.test_supervisor import cancel, child_pid, entries, let_go, read, wait_status
 
 pytestmark = pytest.mark.postgresql(only=True)
 
@@ -28,8 +28,9 @@ def test_a_job_outlives_the_database_being_away(
 ) -> None:
     # Leases that a machine with much else to do does not outrun.
     start(slots=2, lease_seconds=30)
-    running, waiting = make_job(database, name="forever"), make_job(database, name="patient")
+    running, waiting = make_job(database, name="forever"), make_job(database, name="patient 2")
     wait_for(lambda: len(entries(database, running)) > 20)
+    wait_for(lambda: child_pid(database, waiting))
     server.kill()
     with pytest.raises(DBAPIError):
         read(database, running)
@@ -42,6 +43,7 @@ def test_a_job_outlives_the_database_being_away(
     assert [entry.seq for entry in log] == list(range(1, len(log) + 1))
     steps = [entry.data["step"] for entry in log if entry.type == "metrics" and entry.data]
     assert steps == list(range(1, len(steps) + 1))
+    let_go(database, waiting)
     assert wait_status(database, waiting, "succeeded").attempt == 1
 
 

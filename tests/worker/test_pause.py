@@ -57,7 +57,7 @@ def test_a_job_paused_in_mid_step_goes_on_after_it(
     start: Start, database: Database, settings: Settings, doorbell: Doorbell
 ) -> None:
     start()
-    job_id = make_job(database, name="patient", time_limit_seconds=3600)
+    job_id = make_job(database, name="patient 2", time_limit_seconds=3600)
     wait_for(lambda: steps_told(database, job_id) == [1, 2])
     pid = child_pid(database, job_id)
     pause(database, doorbell, job_id)
@@ -125,7 +125,7 @@ def test_a_pausing_job_can_still_be_cancelled(start: Start, database: Database, 
 
 def test_a_stopped_worker_lets_a_step_end_with_a_checkpoint(start: Start, database: Database) -> None:
     supervisor = start()
-    job_id = make_job(database, name="patient")
+    job_id = make_job(database, name="patient 2")
     wait_for(lambda: steps_told(database, job_id) == [1, 2])
     supervisor.stop()
     job = wait_status(database, job_id, "queued")
@@ -151,7 +151,7 @@ def test_what_a_killed_attempt_left_is_taken_over(
     """With a checkpoint that the database never heard of: the kill came in between."""
     start()
     work = settings.root / "work"
-    job_id = make_job(database, name="patient")
+    job_id = make_job(database, name="patient 1")
     wait_for(lambda: steps_told(database, job_id) == [1])
     (attempt,) = [f for f in (work / job_id).iterdir() if f.name != FOLDER]
     (attempt / FOLDER / "checkpoint-3").mkdir(parents=True)

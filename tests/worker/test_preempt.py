@@ -22,7 +22,7 @@ from worker.preempt import _victims
 
 def test_the_lower_one_leaves_with_a_checkpoint_and_goes_on_later(start: Start, database: Database) -> None:
     start(preemption=True)
-    low = make_job(database, name="patient", priority="low")
+    low = make_job(database, name="patient 1", priority="low")
     wait_for(lambda: steps_told(database, low) == [1])
     high = make_job(database, owner="bob", priority="high")
     wait_status(database, high, "succeeded")
