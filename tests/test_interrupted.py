@@ -25,7 +25,7 @@ pytestmark = pytest.mark.train
 
 ROWS = 24
 TRAINING = {
-    "max_steps": 60, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 10,
+    "max_steps": 40, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 10,
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
@@ -41,7 +41,11 @@ class Box:
 
     def start(self) -> None:
         self._served = Served(
-            self._folder, self._database_url, TUNEYARD_MODELS_ROOT=str(self._models), TUNEYARD_STANDBY="off"
+            self._folder,
+            self._database_url,
+            TUNEYARD_MODELS_ROOT=str(self._models),
+            TUNEYARD_STANDBY="off",
+            TUNEYARD_RETRY_SECONDS="0.1",
         )
         self._url = self._served.ready()
         self._open = contextlib.ExitStack()
@@ -128,7 +132,7 @@ def test_killed_paused_and_stopped_it_ends_as_if_nothing_had_happened(
         **plan_for(JobSpec.model_validate_json(json.dumps(spec))).model_dump(),
     )  # fmt: skip
     rows = box.client.metrics(job_id)
-    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows] == list(range(1, 41))
     expected = {row["step"]: (row["loss"], row["grad_norm"]) for row in whole.sink.rows}
     assert {row["step"]: (row["loss"], row["grad_norm"]) for row in rows} == expected
-    assert box.checkpoints(job_id) == set(sorted({*range(10, 61, 10), *resumed})[-3:])
+    assert box.checkpoints(job_id) == set(sorted({*range(10, 41, 10), *resumed})[-3:])

@@ -186,4 +186,4 @@ class Exports:
         )
 
     def _pause(self) -> None:
-        self._claim_after = time.monotonic() + max(self._settings.retry_seconds, 1)
+        self._claim_after = time.monotonic() + self._settings.retry_seconds

@@ -263,7 +263,7 @@ class Supervisor:
         except OSError as error:
             # The disk is full or the machine is out of processes: not the job's fault, and no better at once.
             logger.error("Job %s could not be started: %s", job.id, error)
-            self._claim_after = time.monotonic() + max(self._settings.retry_seconds, 1)
+            self._claim_after = time.monotonic() + self._settings.retry_seconds
             with self._database.write() as session:
                 owned = leases.owned_job(session, job.id, token)
                 leases.give_back(session, owned, f"The worker could not start it ({error.strerror}).")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import psutil
 
 from shared.clock import utcnow
@@ -168,6 +170,10 @@ def test_a_checkpoint_that_no_worker_has_fails_the_export(
     export_id = ask(database, job_id, checkpoint=99)
     # The other worker might have it, for as long as it is on line.
     assert wait_for(lambda: (task := read(database, export_id)) is not None and task.passed_by)
+    with database.write() as session:
+        keys.put_worker(
+            session, WorkerRow(id="other", hostname="other", slots=[], seen_at=now - timedelta(hours=1))
+        )
     task = wait_export(database, export_id, "failed")
     assert task.failure is not None
     assert "no worker" in task.failure["message"]
