@@ -160,7 +160,7 @@ def test_cancel_ends_a_running_job_and_all_its_processes(
 def test_a_child_that_does_not_listen_is_killed_with_its_own_children(
     start: Start, database: Database, doorbell: Doorbell, settings: Settings
 ) -> None:
-    start()
+    start(stop_grace_seconds=0.5)
     job_id = make_job(database, name="deaf")
     pid = wait_for(lambda: child_pid(database, job_id))
     assert pid is not None
