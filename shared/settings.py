@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     lease_seconds: Annotated[float, Field(ge=2, validate_default=True)] = 30
     stop_grace_seconds: Annotated[float, Field(gt=0)] = 2.5
     checkpoint_grace_seconds: Annotated[float, Field(gt=0)] = 60
-    retry_seconds: Annotated[float, Field(ge=0)] = 10
+    retry_seconds: Annotated[float, Field(gt=0)] = 10
     max_losses: Annotated[int, Field(ge=1)] = 3
 
     @field_validator("lease_seconds")

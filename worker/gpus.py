@@ -33,6 +33,8 @@ USE_QUERY = (
     "--query-gpu=index,name,memory.total,memory.used,utilization.gpu",
     "--format=csv,noheader,nounits",
 )
+# What is told of the memory of a GPU that has none of its own.
+NO_MEMORY = ("[N/A]", "[Not Supported]")
 QUERY_SECONDS = 30
 CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
@@ -79,7 +81,7 @@ def probe_gpus() -> list[Device]:
 
 
 def measure_free(devices: Sequence[Device]) -> list[Device]:
-    """The devices with the memory that is free on them now.
+    """The devices with the memory that is free on them now; one whose driver fails to tell stays as it is.
 
     Raises:
         Unavailable: the driver does not answer.
@@ -89,7 +91,7 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
     free = {}
     for line in _ask("nvidia-smi", FREE_QUERY).splitlines():
         index, _, memory = (part.strip() for part in line.partition(","))
-        if index.isdigit():
+        if index.isdigit() and (memory.isdigit() or memory in NO_MEMORY):
             # 0 would say that it is not known.
             free[int(index)] = max(int(memory) << 20 if memory.isdigit() else available_bytes(), 1)
     # What a device of a worker has may be a share of the GPU.
@@ -147,10 +149,10 @@ def _ask(tool: str, query: Sequence[str]) -> str:
 
 
 def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
-    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB).
+    """Devices from nvidia-smi's answer to QUERY or OLD_QUERY (memory in MiB, 0 if the driver fails to tell).
 
-    One of which the driver tells no memory has none of its own (GB10): it computes in the machine's. One that
-    is split with MIG is left out: its memory is not one job's to have.
+    One for which that does not apply (GB10) computes in the machine's memory. One that is split with MIG is
+    left out: its memory is not one job's to have.
 
     Args:
         visible: a comma-separated list of numbers or UUIDs, as CUDA_VISIBLE_DEVICES has it; None for all.
@@ -178,7 +180,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
             "cuda",
             int(index),
             name,
-            int(memory) << 20 if memory.isdigit() else _machine_bytes(),
+            _machine_bytes() if memory in NO_MEMORY else (int(memory) if memory.isdigit() else 0) << 20,
             engines,
             float(told[0]) if told and CAPABILITY.fullmatch(told[0]) else None,
         )

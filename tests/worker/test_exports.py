@@ -95,7 +95,7 @@ def test_an_export_is_made_beside_a_job_that_trains(
 def test_a_failing_export_says_so_and_changes_nothing_of_its_job(
     start: Start, database: Database, doorbell: Doorbell
 ) -> None:
-    start(retry_seconds=0)
+    start(retry_seconds=0.05)
     broken, dying = finished(database, doorbell, "succeed fail"), finished(database, doorbell, "succeed die")
     task = wait_export(database, ask(database, broken), "failed")
     assert task.failure is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,16 @@ async def test_the_servers_limits(api: Api) -> None:
         assert error_of(await api.ann.post("/jobs", json=SPEC | spec), 422)["param"] == param
 
 
-async def test_models_that_can_not_be_used(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untouched(api: Api) -> Iterator[None]:
+    """The application has its own context again, whatever the test made of it."""
+    context = api.context
+    yield
+    api.app.state.context = context
+
+
+@pytest.mark.usefixtures("untouched")
+async def test_models_that_can_not_be_used(api: Api, tmp_path: Path) -> None:
     pickled = tmp_path / "models" / "pickled"
     pickled.mkdir(parents=True)
     (pickled / "config.json").write_text("{}")
@@ -173,7 +183,6 @@ async def test_models_that_can_not_be_used(api: Api, tmp_path: Path, monkeypatch
         error = error_of(await api.ann.post("/jobs", json={"model": model}), 422)
         assert (error["code"], error["param"]) == (code, "model")
     assert (await api.ann.get("/models")).json()["data"] == []
-    api.app.state.context = context
 
 
 async def test_a_body_over_the_limit(api: Api) -> None:
