@@ -91,9 +91,10 @@ def measure_free(devices: Sequence[Device]) -> list[Device]:
     free = {}
     for line in _ask("nvidia-smi", FREE_QUERY).splitlines():
         index, _, memory = (part.strip() for part in line.partition(","))
-        if index.isdigit() and (memory.isdigit() or memory in NO_MEMORY):
+        told = _memory(memory, available_bytes())
+        if index.isdigit() and told is not None:
             # 0 would say that it is not known.
-            free[int(index)] = max(int(memory) << 20 if memory.isdigit() else available_bytes(), 1)
+            free[int(index)] = max(told, 1)
     # What a device of a worker has may be a share of the GPU.
     return [
         replace(d, memory_bytes=min(free[d.index], d.memory_bytes or free[d.index])) if d.index in free else d
@@ -180,7 +181,7 @@ def parse_gpus(text: str, visible: str | None = None) -> list[Device]:
             "cuda",
             int(index),
             name,
-            _machine_bytes() if memory in NO_MEMORY else (int(memory) if memory.isdigit() else 0) << 20,
+            _memory(memory, _machine_bytes()) or 0,
             engines,
             float(told[0]) if told and CAPABILITY.fullmatch(told[0]) else None,
         )
@@ -215,6 +216,13 @@ def installed_engines() -> tuple[EngineName, ...]:
         if importlib.util.find_spec("unsloth"):
             found.append("unsloth")
     return tuple(found)
+
+
+def _memory(told: str, machine: int) -> int | None:
+    """Bytes of what the driver tells in MiB: the machine's for a GPU without its own, None if it fails."""
+    if told in NO_MEMORY:
+        return machine
+    return int(told) << 20 if told.isdigit() else None
 
 
 def available_bytes() -> int:
