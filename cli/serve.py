@@ -104,16 +104,18 @@ def worker(
 
 def inference(watch_stdin: WatchStdin = False) -> None:
     """Start the process that answers from finished models, for the API on this machine."""
+    from cli.database import database_errors
     from worker.inference.service import Service
 
     _log_to_stderr()
     settings = Settings()
     ensure_private_dir(settings.root)
-    service = Service(settings)
-    _on_signal(service.stop)
-    if watch_stdin:
-        _end_with_parent()
-    asyncio.run(service.run())
+    with database_errors():
+        service = Service(settings)
+        _on_signal(service.stop)
+        if watch_stdin:
+            _end_with_parent()
+        asyncio.run(service.run())
 
 
 def _settings(**given: object) -> Settings:

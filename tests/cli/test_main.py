@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import run_command
 
 CODE = """
 import atexit, sys
@@ -26,3 +31,12 @@ def test_a_command_that_asks_a_server_loads_nothing_of_one() -> None:
     )
     assert (done.returncode, done.stdout) == (1, "[]\n")
     assert done.stderr.startswith("Error: http://127.0.0.1:1 does not answer")
+
+
+@pytest.mark.parametrize("command", [["worker"], ["inference"], ["keys", "list"], ["gc"]])
+def test_a_database_that_can_not_be_used_is_told_in_one_line(command: list[str], tmp_path: Path) -> None:
+    settings = {"TUNEYARD_DATA_DIR": str(tmp_path), "TUNEYARD_DATABASE_URL": "none"}
+    done = run_command(os.environ | settings, *command)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: The database can't be used: Could not parse SQLAlchemy URL")
+    assert done.stderr.count("\n") == 1
